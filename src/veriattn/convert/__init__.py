@@ -1,0 +1,1 @@
+"""Float checkpoint to canonical model."""

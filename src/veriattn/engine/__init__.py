@@ -1,0 +1,1 @@
+"""Scheduler, strategies and sampling over the verifier."""

@@ -1,0 +1,1 @@
+"""The untrusted side: a separate process that computes and claims."""

@@ -1,0 +1,1 @@
+"""Lying provers and tampering campaigns."""

@@ -1,0 +1,1 @@
+"""Canonical integer function: the specification in NumPy, shared by both sides."""

@@ -1,0 +1,1 @@
+"""The trusted side: secrets, checks, replay, KV bookkeeping, release."""

@@ -1,0 +1,1 @@
+"""Wire format and transports between verifier and prover."""
