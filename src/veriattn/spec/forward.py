@@ -1,0 +1,146 @@
+"""The forward pass, written once, over two operations that a strategy supplies."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Literal, Protocol
+
+import numpy as np
+
+from veriattn.errors import InternalError
+from veriattn.spec import reference
+from veriattn.spec.model import ModelTensors
+from veriattn.spec.reference import F32, I8, I32, I64
+
+LogitRows = Literal["none", "last", "all"]
+
+
+@dataclass(frozen=True)
+class BatchEntry:
+    """A run of new tokens of one sequence: token_ids sit at positions start, start + 1, ..."""
+
+    seq_id: int
+    start: int
+    token_ids: tuple[int, ...]
+    logits: LogitRows = "last"
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One step of the model over several sequences, flattened in the order of the entries."""
+
+    entries: tuple[BatchEntry, ...]
+
+    def __post_init__(self) -> None:
+        ids = [e.seq_id for e in self.entries]
+        if not ids or len(set(ids)) != len(ids) or any(e.num_tokens == 0 or e.start < 0 for e in self.entries):
+            raise InternalError("a batch needs distinct sequences with at least one token each")
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(e.num_tokens for e in self.entries)
+
+    def slices(self) -> list[slice]:
+        """Rows of each entry in the flattened token axis."""
+        out, at = [], 0
+        for e in self.entries:
+            out.append(slice(at, at + e.num_tokens))
+            at += e.num_tokens
+        return out
+
+    def token_ids(self) -> np.ndarray[tuple[int], np.dtype[np.int32]]:
+        return np.array([t for e in self.entries for t in e.token_ids], dtype=np.int32)
+
+    def positions(self) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+        return np.concatenate([np.arange(e.start, e.start + e.num_tokens) for e in self.entries])
+
+    def logit_rows(self) -> list[int]:
+        """Rows of the flattened token axis whose logits are asked for, in order."""
+        rows: list[int] = []
+        for e, s in zip(self.entries, self.slices(), strict=True):
+            if e.logits == "all":
+                rows.extend(range(s.start, s.stop))
+            elif e.logits == "last":
+                rows.append(s.stop - 1)
+        return rows
+
+
+@dataclass(frozen=True)
+class AttentionInput:
+    """int8 operands of one layer's attention for all tokens of a batch; shapes as returned by `qkv_epilogue`."""
+
+    q_i8: I8
+    q_scale: F32
+    k_i8: I8
+    k_scale: F32
+    v_i8: I8
+
+
+class Operations(Protocol):
+    """What a strategy supplies. Whatever these return is used: they verify, or they compute."""
+
+    def linear(self, name: str, a_i8: I8) -> I32:
+        """Exact a @ W[name].T. Shapes: (tokens, in) -> (tokens, out)."""
+        ...
+
+    def attention(self, layer: int, batch: Batch, x: AttentionInput) -> tuple[I64, I32]:
+        """Append k and v to each sequence's cache, attend causally. Returns O (tokens, heads, d) and L (tokens, heads)."""
+        ...
+
+
+def forward(
+    model: ModelTensors, batch: Batch, ops: Operations, kernels: ModuleType = reference
+) -> F32:
+    """Run one step. Returns float32 logits for `batch.logit_rows()`, shape (rows, vocab).
+
+    Rows do not depend on each other but through the sequences' caches, and nothing depends on the composition of the
+    batch or on how a sequence is cut into steps. `kernels` is `spec.reference` or a module with the same functions
+    and the same bits.
+
+    Raises: NumericsError outside the domain of the canonical function; whatever `ops` raises.
+    """
+    c = model.config
+    x = model.embed_f16[batch.token_ids()].astype(np.float32)
+    positions = batch.positions()
+    cos, sin = model.rope_cos[positions], model.rope_sin[positions]
+    for i, layer in enumerate(model.layers):
+        a, a_scale = kernels.norm_quantise(x, model.eps)
+        y = ops.linear(f"layers.{i}.qkv", a)
+        qkv = kernels.qkv_epilogue(
+            y, a_scale, layer.qkv_scale, layer.qkv_bias, cos, sin, layer.v_scale,
+            c.num_heads, c.num_kv_heads, c.head_dim,
+            layer.k_center, layer.q_norm, layer.k_norm, model.eps,
+        )  # fmt: skip
+        o, row_sum = ops.attention(i, batch, AttentionInput(*qkv))
+        a, a_scale = kernels.attention_epilogue(o, row_sum, layer.v_scale)
+        y = ops.linear(f"layers.{i}.o", a)
+        x = kernels.residual_add(x, y, a_scale, layer.o_scale)
+        a, a_scale = kernels.norm_quantise(x, model.eps)
+        y = ops.linear(f"layers.{i}.gate_up", a)
+        a, a_scale = kernels.mlp_epilogue(y, a_scale, layer.gate_up_scale)
+        y = ops.linear(f"layers.{i}.down", a)
+        x = kernels.residual_add(x, y, a_scale, layer.down_scale)
+    rows = batch.logit_rows()
+    if not rows:
+        return np.empty((0, c.vocab_size), np.float32)
+    a, a_scale = kernels.norm_quantise(np.ascontiguousarray(x[rows]), model.eps)
+    return kernels.logits(ops.linear("lm_head", a), a_scale, model.lm_head_scale)
+
+
+def check_batch(model: ModelTensors, batch: Batch, lengths: Sequence[int]) -> None:
+    """Refuse a batch that the model cannot run; `lengths` are the cached tokens of each entry's sequence.
+
+    Raises: InternalError; callers validate user input before they build a batch.
+    """
+    c = model.config
+    for e, n in zip(batch.entries, lengths, strict=True):
+        if e.start != n or e.start + e.num_tokens > c.max_positions:
+            raise InternalError(f"sequence {e.seq_id}: tokens at {e.start} do not continue {n} cached tokens")
+        if min(e.token_ids) < 0 or max(e.token_ids) >= c.vocab_size:
+            raise InternalError(f"sequence {e.seq_id}: a token id is outside the vocabulary")

@@ -1,0 +1,115 @@
+"""Paged storage for keys and values; the layout that attention kernels read."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from veriattn.errors import InternalError
+from veriattn.spec.reference import F32, I8
+
+#: Keys per page; also the unit in which challenge sums are kept and a cache is split between prover and verifier.
+PAGE = 256
+
+
+class PagedCache:
+    """Named per-key arrays of many sequences in pages of `PAGE` keys, one table of pages per sequence.
+
+    Each array has shape (pages, kv_heads, PAGE, *tail). Pages are zeroed when a sequence is freed. The pool grows by
+    doubling up to `max_pages`.
+
+    Raises: InternalError for unknown sequences; MemoryError-like conditions surface as `CacheFull`.
+    """
+
+    def __init__(self, kv_heads: int, fields: dict[str, tuple[np.dtype[Any], tuple[int, ...]]], max_pages: int) -> None:
+        self._kv_heads = kv_heads
+        self._fields = fields
+        self._max_pages = max_pages
+        self._free: list[int] = []
+        self._num_pages = 0
+        self._tables: dict[int, list[int]] = {}
+        self._lengths: dict[int, int] = {}
+        self.arrays: dict[str, np.ndarray[Any, Any]] = {
+            name: np.zeros((0, kv_heads, PAGE, *tail), dtype) for name, (dtype, tail) in fields.items()
+        }
+
+    def length(self, seq_id: int) -> int:
+        """Cached keys of a sequence; 0 for one never seen."""
+        return self._lengths.get(seq_id, 0)
+
+    def table(self, seq_id: int) -> np.ndarray[tuple[int], np.dtype[np.int32]]:
+        """Block table: indices of the sequence's pages in order."""
+        return np.array(self._tables.get(seq_id, []), dtype=np.int32)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(a.nbytes for a in self.arrays.values())
+
+    def extend(self, seq_id: int, count: int) -> None:
+        """Make room for `count` more keys and advance the length."""
+        table = self._tables.setdefault(seq_id, [])
+        length = self._lengths.get(seq_id, 0) + count
+        while len(table) * PAGE < length:
+            table.append(self._take_page())
+        self._lengths[seq_id] = length
+
+    def write(self, seq_id: int, start: int, **values: np.ndarray[Any, Any]) -> None:
+        """Store per-key values, each (tokens, kv_heads, *tail), at positions start, start + 1, ..."""
+        table = self._tables[seq_id]
+        for name, value in values.items():
+            array, at = self.arrays[name], 0
+            if start + value.shape[0] > self._lengths[seq_id]:
+                raise InternalError("cache write beyond the sequence's length")
+            while at < value.shape[0]:
+                page, offset = divmod(start + at, PAGE)
+                n = min(PAGE - offset, value.shape[0] - at)
+                array[table[page], :, offset : offset + n] = value[at : at + n].swapaxes(0, 1)
+                at += n
+
+    def gather(self, seq_id: int, name: str) -> np.ndarray[Any, Any]:
+        """Contiguous copy (keys, kv_heads, *tail) of one field of a sequence."""
+        pages = self.arrays[name][self.table(seq_id)]
+        flat = pages.swapaxes(1, 2).reshape(-1, self._kv_heads, *self._fields[name][1])
+        return flat[: self.length(seq_id)]
+
+    def free(self, seq_id: int) -> None:
+        """Zero and return the sequence's pages."""
+        for page in self._tables.pop(seq_id, []):
+            for a in self.arrays.values():
+                a[page] = 0
+            self._free.append(page)
+        self._lengths.pop(seq_id, None)
+
+    def sequences(self) -> list[int]:
+        return list(self._tables)
+
+    def _take_page(self) -> int:
+        if not self._free:
+            grown = min(max(8, 2 * self._num_pages), self._max_pages)
+            if grown <= self._num_pages:
+                raise InternalError("the key/value cache is full", hint="run fewer or shorter sequences at a time")
+            for name, a in self.arrays.items():
+                bigger = np.zeros((grown, *a.shape[1:]), a.dtype)
+                bigger[: self._num_pages] = a
+                a[...] = 0
+                self.arrays[name] = bigger
+            self._free.extend(range(grown - 1, self._num_pages - 1, -1))
+            self._num_pages = grown
+        return self._free.pop()
+
+
+def attention_cache(kv_heads: int, head_dim: int, max_pages: int) -> PagedCache:
+    """Keys, their scales and values, as attention needs them."""
+    return PagedCache(
+        kv_heads,
+        {
+            "k": (np.dtype(np.int8), (head_dim,)),
+            "k_scale": (np.dtype(np.float32), ()),
+            "v": (np.dtype(np.int8), (head_dim,)),
+        },
+        max_pages,
+    )
+
+
+KvArrays = tuple[I8, F32, I8]
