@@ -11,7 +11,7 @@ import numpy as np
 
 from veriattn.errors import InternalError
 from veriattn.spec import reference
-from veriattn.spec.model import ModelTensors
+from veriattn.spec.model import LayerTensors, ModelTensors
 from veriattn.spec.reference import F32, I8, I32, I64
 
 LogitRows = Literal["none", "last", "all"]
@@ -94,9 +94,59 @@ class Operations(Protocol):
         ...
 
 
-def forward(
+@dataclass(frozen=True)
+class StepContext:
+    """What every layer of one step shares."""
+
+    model: ModelTensors
+    batch: Batch
+    cos: F32
+    sin: F32
+    ops: Operations
+    kernels: ModuleType
+
+
+def start_step(
     model: ModelTensors, batch: Batch, ops: Operations, kernels: ModuleType = reference
-) -> F32:
+) -> tuple[StepContext, F32]:
+    """Gather rotary rows and embeddings. Returns the context and the residual stream (tokens, hidden)."""
+    positions = batch.positions()
+    ctx = StepContext(model, batch, model.rope_cos[positions], model.rope_sin[positions], ops, kernels)
+    return ctx, model.embed_f16[batch.token_ids()].astype(np.float32)
+
+
+def run_layer(ctx: StepContext, i: int, layer: LayerTensors, x: F32) -> F32:
+    """One decoder layer on the residual stream. Shapes: (tokens, hidden) -> (tokens, hidden)."""
+    c, k, ops, eps = ctx.model.config, ctx.kernels, ctx.ops, ctx.model.eps
+    a, a_scale = k.norm_quantise(x, eps)
+    y = ops.linear(f"layers.{i}.qkv", a)
+    qkv = k.qkv_epilogue(
+        y, a_scale, layer.qkv_scale, layer.qkv_bias, ctx.cos, ctx.sin, layer.v_scale,
+        c.num_heads, c.num_kv_heads, c.head_dim, layer.k_center, layer.q_norm, layer.k_norm, eps,
+    )  # fmt: skip
+    o, row_sum = ops.attention(i, ctx.batch, AttentionInput(*qkv))
+    a, a_scale = k.attention_epilogue(o, row_sum, layer.v_scale)
+    y = ops.linear(f"layers.{i}.o", a)
+    x = k.residual_add(x, y, a_scale, layer.o_scale)
+    a, a_scale = k.norm_quantise(x, eps)
+    y = ops.linear(f"layers.{i}.gate_up", a)
+    a, a_scale = k.mlp_epilogue(y, a_scale, layer.gate_up_scale)
+    y = ops.linear(f"layers.{i}.down", a)
+    result: F32 = k.residual_add(x, y, a_scale, layer.down_scale)
+    return result
+
+
+def finish_step(ctx: StepContext, x: F32) -> F32:
+    """Final norm and lm_head for the rows asked for. Returns logits (rows, vocab)."""
+    rows = ctx.batch.logit_rows()
+    if not rows:
+        return np.empty((0, ctx.model.config.vocab_size), np.float32)
+    a, a_scale = ctx.kernels.norm_quantise(np.ascontiguousarray(x[rows]), ctx.model.eps)
+    result: F32 = ctx.kernels.logits(ctx.ops.linear("lm_head", a), a_scale, ctx.model.lm_head_scale)
+    return result
+
+
+def forward(model: ModelTensors, batch: Batch, ops: Operations, kernels: ModuleType = reference) -> F32:
     """Run one step. Returns float32 logits for `batch.logit_rows()`, shape (rows, vocab).
 
     Rows do not depend on each other but through the sequences' caches, and nothing depends on the composition of the
@@ -105,32 +155,10 @@ def forward(
 
     Raises: NumericsError outside the domain of the canonical function; whatever `ops` raises.
     """
-    c = model.config
-    x = model.embed_f16[batch.token_ids()].astype(np.float32)
-    positions = batch.positions()
-    cos, sin = model.rope_cos[positions], model.rope_sin[positions]
+    ctx, x = start_step(model, batch, ops, kernels)
     for i, layer in enumerate(model.layers):
-        a, a_scale = kernels.norm_quantise(x, model.eps)
-        y = ops.linear(f"layers.{i}.qkv", a)
-        qkv = kernels.qkv_epilogue(
-            y, a_scale, layer.qkv_scale, layer.qkv_bias, cos, sin, layer.v_scale,
-            c.num_heads, c.num_kv_heads, c.head_dim,
-            layer.k_center, layer.q_norm, layer.k_norm, model.eps,
-        )  # fmt: skip
-        o, row_sum = ops.attention(i, batch, AttentionInput(*qkv))
-        a, a_scale = kernels.attention_epilogue(o, row_sum, layer.v_scale)
-        y = ops.linear(f"layers.{i}.o", a)
-        x = kernels.residual_add(x, y, a_scale, layer.o_scale)
-        a, a_scale = kernels.norm_quantise(x, model.eps)
-        y = ops.linear(f"layers.{i}.gate_up", a)
-        a, a_scale = kernels.mlp_epilogue(y, a_scale, layer.gate_up_scale)
-        y = ops.linear(f"layers.{i}.down", a)
-        x = kernels.residual_add(x, y, a_scale, layer.down_scale)
-    rows = batch.logit_rows()
-    if not rows:
-        return np.empty((0, c.vocab_size), np.float32)
-    a, a_scale = kernels.norm_quantise(np.ascontiguousarray(x[rows]), model.eps)
-    return kernels.logits(ops.linear("lm_head", a), a_scale, model.lm_head_scale)
+        x = run_layer(ctx, i, layer, x)
+    return finish_step(ctx, x)
 
 
 def check_batch(model: ModelTensors, batch: Batch, lengths: Sequence[int]) -> None:
