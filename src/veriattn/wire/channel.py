@@ -1,0 +1,332 @@
+"""Channels: framed messages over a ring or a stream, with every header compared to what the protocol expects.
+
+The verifier's side says which kind and how many payload bytes come next (`recv`, `expect` + `recv_into`); the prover's
+side takes what comes within the agreed limits (`recv_any`). One thread may send while another receives. The first fault
+closes a channel for good.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import socket
+import struct
+import time
+from typing import Any, Self, cast
+
+import numpy as np
+import numpy.typing as npt
+
+from veriattn.errors import (
+    ConfigError,
+    InternalError,
+    MalformedMessage,
+    ProverFault,
+    ProverUnavailable,
+    TranscriptMismatch,
+    UsageError,
+    VeriattnError,
+)
+from veriattn.wire.messages import (
+    ERROR_BYTES,
+    HEADER,
+    HEADER_BYTES,
+    MAGIC,
+    MAX_HELLO_BYTES,
+    BadRequest,
+    Buffer,
+    Kind,
+    Limits,
+    byte_view,
+    decode_error,
+)
+from veriattn.wire.ring import RingGeometry, RingTransport, create_segment, read_geometry
+from veriattn.wire.stream import StreamTransport, parse_address
+from veriattn.wire.transport import ControlLink, Role, Transport
+
+PROVER_FD_VARIABLE = "VERIATTN_PROVER_FD"
+DEFAULT_TIMEOUT_S = 120.0
+
+_GREETING = struct.Struct("<II8x")  # magic, transport; with a ring the segment's descriptor travels along
+_GREETING_MAGIC = 0x31474156  # "VAG1"
+_RING, _STREAM = 1, 2
+_REQUESTS = frozenset((Kind.HELLO, Kind.STEP, Kind.FREE, Kind.SHUTDOWN))
+
+
+class Channel:
+    """Frames over a transport, seen from one side.
+
+    Verifier: `session` is drawn here, from the system's generator. Prover: it is learnt from the first message.
+    """
+
+    def __init__(self, transport: Transport, role: Role, timeout_s: float | None = DEFAULT_TIMEOUT_S) -> None:
+        self._transport, self._role = transport, role
+        self.timeout_s = timeout_s
+        self.session: int | None = secrets.randbits(64) if role is Role.VERIFIER else None
+        self.bytes_sent = 0
+        self.bytes_received = 0
+        self._send_seq = 0
+        self._recv_seq = 0
+        self._remaining = 0  # payload bytes of the current message that are still to be read
+        self._header = bytearray(HEADER_BYTES)
+        self._header_view = memoryview(self._header)
+        self._fault: VeriattnError | None = None
+        self._closed = False
+
+    # -- sending ---------------------------------------------------------------------------------------------
+
+    def send(self, kind: Kind, *payload: Buffer, timeout_s: float | None = None) -> None:
+        """Send one message; the payload buffers (C-contiguous) are written one after the other.
+
+        Raises: ProverTimeout, ProverUnavailable, MalformedMessage (prover side: VerifierGone, BadRequest).
+        """
+        self._check_usable()
+        if self.session is None:
+            raise InternalError("the prover spoke before the first message of the verifier")
+        views = [byte_view(buffer) for buffer in payload if memoryview(cast(Any, buffer)).nbytes]
+        size = sum(map(len, views))
+        header = HEADER.pack(MAGIC, kind, 0, self.session, self._send_seq, size)
+        try:
+            self._transport.write_message([memoryview(header), *views], self._deadline(timeout_s))
+        except VeriattnError as error:
+            self._fault = error
+            raise
+        self._send_seq += 1
+        self.bytes_sent += HEADER_BYTES + size
+
+    # -- receiving, verifier ---------------------------------------------------------------------------------
+
+    def recv(
+        self,
+        kind: Kind,
+        payload_bytes: int,
+        out: npt.NDArray[np.generic] | None = None,
+        timeout_s: float | None = None,
+    ) -> npt.NDArray[np.generic]:
+        """The payload of the next message, which must be of this kind and size, in private memory.
+
+        Shapes: `out`, if given, is C-contiguous with nbytes == payload_bytes and is returned; else fresh uint8
+        (payload_bytes,). Trust: the bytes are adversarial; each was copied out of shared memory once.
+        Raises: as `expect`.
+        """
+        if out is None:
+            out = np.empty(payload_bytes, np.uint8)
+        elif out.nbytes != payload_bytes:
+            raise InternalError("the receiving array has another size than the message")
+        self.expect(kind, payload_bytes, timeout_s)
+        if payload_bytes:
+            self.recv_into(out, timeout_s)
+        return out
+
+    def expect(self, kind: Kind, payload_bytes: int, timeout_s: float | None = None) -> None:
+        """Take the next header and compare it with the expected one; the payload follows through `recv_into`.
+
+        Raises: ProverTimeout; ProverUnavailable; MalformedMessage (magic, flags, session, ring counters);
+        TranscriptMismatch (kind, sequence number, size); ProverFault (the prover reports an error instead).
+        """
+        self._check_usable()
+        if self._role is not Role.VERIFIER or self._remaining or payload_bytes < 0:
+            raise InternalError("expect() out of order")
+        try:
+            self._take_header(kind, payload_bytes, self._deadline(timeout_s))
+        except VeriattnError as error:
+            self._fault = error
+            raise
+
+    def _take_header(self, kind: Kind, payload_bytes: int, deadline: float | None) -> None:
+        self._transport.read_into(self._header_view, deadline)
+        magic, got_kind, flags, session, seq, got_bytes = HEADER.unpack(self._header)
+        if magic != MAGIC or flags != 0 or session != self.session:
+            raise MalformedMessage("a message of the prover has a wrong magic, flags or session")
+        if got_kind == Kind.ERROR != kind and seq == self._recv_seq and got_bytes == ERROR_BYTES:
+            raw = bytearray(ERROR_BYTES)
+            self._transport.read_into(memoryview(raw), deadline)
+            code, text = decode_error(raw)
+            raise ProverFault(f"the prover reports error {code}: {text or 'no text'}")
+        if got_kind != kind or seq != self._recv_seq or got_bytes != payload_bytes:
+            raise TranscriptMismatch(
+                f"message {self._recv_seq} of the prover is not the expected {kind.name} of {payload_bytes} bytes"
+            )
+        self._recv_seq += 1
+        self.bytes_received += HEADER_BYTES + payload_bytes
+        self._remaining = payload_bytes
+        if payload_bytes == 0:
+            self._transport.end_message()
+
+    def recv_into(self, out: Buffer, timeout_s: float | None = None) -> None:
+        """Fill `out` (private, C-contiguous) with the next bytes of the expected message's payload.
+
+        Works while the prover still writes the rest, so that a large claim can be checked tile by tile.
+        Raises: ProverTimeout, ProverUnavailable, MalformedMessage.
+        """
+        self._check_usable()
+        view = byte_view(out)
+        if not 0 < view.nbytes <= self._remaining:
+            raise InternalError("recv_into() beyond the end of the message")
+        try:
+            self._transport.read_into(view, self._deadline(timeout_s))
+        except VeriattnError as error:
+            self._fault = error
+            raise
+        self._remaining -= view.nbytes
+        if self._remaining == 0:
+            self._transport.end_message()
+
+    # -- receiving, prover -----------------------------------------------------------------------------------
+
+    def recv_any(self, limits: Limits | None, timeout_s: float | None = None) -> tuple[Kind, bytes]:
+        """Prover side: the next message of the verifier, whatever its kind. `limits` is None before HELLO.
+
+        Waits without end unless a time-out is given. Raises: VerifierGone; BadRequest.
+        """
+        self._check_usable()
+        if self._role is not Role.PROVER:
+            raise InternalError("the verifier never takes a message that it does not expect")
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        self._transport.read_into(self._header_view, deadline)
+        magic, kind, flags, session, seq, payload_bytes = HEADER.unpack(self._header)
+        if magic != MAGIC or flags != 0 or seq != self._recv_seq or self.session not in (None, session):
+            raise BadRequest("a message has a wrong magic, flags, session or sequence number")
+        if kind not in _REQUESTS or (kind == Kind.HELLO) != (seq == 0):
+            raise BadRequest(f"kind {kind} is not expected here")
+        bound = MAX_HELLO_BYTES if limits is None else limits.max_payload_bytes(kind)
+        if payload_bytes > bound:
+            raise BadRequest(f"{payload_bytes} bytes of payload are more than the limits allow")
+        payload = bytearray(payload_bytes)
+        if payload_bytes:
+            self._transport.read_into(memoryview(payload), deadline)
+        self._transport.end_message()
+        self.session = session
+        self._recv_seq += 1
+        self.bytes_received += HEADER_BYTES + payload_bytes
+        return Kind(kind), bytes(payload)
+
+    # -- life ------------------------------------------------------------------------------------------------
+
+    def _check_usable(self) -> None:
+        if self._fault is not None or self._closed:
+            if self._role is Role.PROVER:
+                raise self._role.gone()
+            cause = "closed" if self._fault is None else f"closed after {self._fault.code}"
+            raise ProverUnavailable(f"the link to the prover is {cause}", hint="open a new session")
+
+    def _deadline(self, timeout_s: float | None) -> float | None:
+        if timeout_s is None:
+            timeout_s = self.timeout_s
+        return None if timeout_s is None else time.monotonic() + timeout_s
+
+    def close(self) -> None:
+        """Release the shared segment and the socket. May be called twice; not while another thread uses it."""
+        self._closed = True
+        self._transport.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class RingChannel(Channel):
+    """Frames through shared rings; the control socket beside them tells of the other side's end."""
+
+    @classmethod
+    def offer(
+        cls, sock: socket.socket, geometry: RingGeometry | None = None, timeout_s: float | None = DEFAULT_TIMEOUT_S
+    ) -> RingChannel:
+        """Verifier: make the segment, hand it over on `sock` (connected, AF_UNIX; owned from here on).
+
+        Raises: ConfigError (no memory for the segment); ProverUnavailable.
+        """
+        geometry = geometry or RingGeometry()
+        fd = create_segment(geometry)
+        try:
+            transport = RingTransport(fd, geometry, ControlLink(sock), Role.VERIFIER)
+            try:
+                socket.send_fds(sock, [_GREETING.pack(_GREETING_MAGIC, _RING)], [fd])
+            except OSError as error:
+                transport.close()
+                raise Role.VERIFIER.gone() from error
+        finally:
+            os.close(fd)
+        return cls(transport, Role.VERIFIER, timeout_s)
+
+
+class StreamChannel(Channel):
+    """Frames over a stream socket."""
+
+    @classmethod
+    def offer(cls, sock: socket.socket, timeout_s: float | None = DEFAULT_TIMEOUT_S) -> StreamChannel:
+        """Verifier: speak frames on `sock` (connected stream socket; owned from here on)."""
+        transport = StreamTransport(sock, Role.VERIFIER)
+        greeting = memoryview(_GREETING.pack(_GREETING_MAGIC, _STREAM))
+        transport.write_message([greeting], None if timeout_s is None else time.monotonic() + timeout_s)
+        return cls(transport, Role.VERIFIER, timeout_s)
+
+    @classmethod
+    def connect(cls, address: str, timeout_s: float = DEFAULT_TIMEOUT_S) -> StreamChannel:
+        """Verifier: connect to a prover that listens at tcp://HOST:PORT, vsock://CID:PORT or unix:///PATH.
+
+        Raises: UsageError (address); ProverUnavailable (nobody answers).
+        """
+        family, target = parse_address(address)
+        try:
+            sock = socket.socket(family, socket.SOCK_STREAM)
+        except OSError as error:
+            raise UsageError(f"this machine cannot reach {address}: {error.strerror}") from error
+        sock.settimeout(timeout_s)
+        try:
+            sock.connect(target)  # type: ignore[arg-type]
+        except OSError as error:
+            sock.close()
+            raise ProverUnavailable(f"no prover answers at {address}", hint="start one there first") from error
+        return cls.offer(sock, timeout_s)
+
+
+def accept_channel(sock: socket.socket, timeout_s: float = DEFAULT_TIMEOUT_S) -> Channel:
+    """Prover: read the greeting on `sock` (owned from here on) and open the channel that it offers.
+
+    Raises: VerifierGone; BadRequest.
+    """
+    sock.settimeout(timeout_s)
+    try:
+        if sock.family == socket.AF_UNIX:
+            raw, fds, _, _ = socket.recv_fds(sock, _GREETING.size, 1)
+        else:
+            raw, fds = sock.recv(_GREETING.size), []
+        while 0 < len(raw) < _GREETING.size:
+            more = sock.recv(_GREETING.size - len(raw))
+            raw = raw + more if more else b""
+    except OSError as error:
+        raise Role.PROVER.gone() from error
+    try:
+        if not raw:
+            raise Role.PROVER.gone()
+        magic, transport = _GREETING.unpack(raw)
+        if magic != _GREETING_MAGIC or (transport, len(fds)) not in ((_RING, 1), (_STREAM, 0)):
+            raise BadRequest("the greeting is not one of this protocol")
+        if transport == _STREAM:
+            return StreamChannel(StreamTransport(sock, Role.PROVER), Role.PROVER, None)
+        geometry = read_geometry(fds[0])
+        return RingChannel(RingTransport(fds[0], geometry, ControlLink(sock), Role.PROVER), Role.PROVER, None)
+    finally:
+        for fd in fds:
+            os.close(fd)
+
+
+def inherited_channel() -> Channel:
+    """Prover: the channel on the descriptor that the verifier named in VERIATTN_PROVER_FD.
+
+    Raises: ConfigError where there is none; VerifierGone; BadRequest.
+    """
+    value = os.environ.get(PROVER_FD_VARIABLE, "")
+    if not (value.isascii() and value.isdigit()):
+        raise ConfigError(
+            f"{PROVER_FD_VARIABLE} names no descriptor", hint="a prover is started by `veriattn`, not by hand"
+        )
+    try:
+        sock = socket.socket(fileno=int(value))
+    except OSError as error:
+        raise ConfigError(f"{PROVER_FD_VARIABLE} is not an open socket") from error
+    sock.set_inheritable(False)
+    return accept_channel(sock)
