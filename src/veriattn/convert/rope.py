@@ -7,7 +7,7 @@ from decimal import Decimal, localcontext
 import numpy as np
 import numpy.typing as npt
 
-from veriattn.convert.sources import Llama3Scaling
+from veriattn.convert.checkpoint import FrequencyFactors, Llama3Scaling, RopeScaling
 
 _DIGITS = 40
 _SPLIT = 256
@@ -46,7 +46,7 @@ def _cos_sin(angle: Decimal, two_pi: Decimal) -> tuple[Decimal, Decimal]:
 
 
 def inverse_frequencies(
-    theta: float, rotary_dim: int, scaling: Llama3Scaling | None, factors: tuple[float, ...] | None = None
+    theta: float, rotary_dim: int, scaling: RopeScaling | None
 ) -> list[Decimal]:
     """theta**(-2i/r), with Llama 3 scaling or explicit divisors. Exact inputs, 40 digits."""
     with localcontext() as ctx:
@@ -56,9 +56,9 @@ def inverse_frequencies(
         out = []
         for i in range(rotary_dim // 2):
             f = (-log_theta * 2 * i / rotary_dim).exp()
-            if factors is not None:
-                f = f / Decimal(factors[i])
-            if scaling is not None:
+            if isinstance(scaling, FrequencyFactors):
+                f = f / Decimal(scaling.factors[i])
+            elif isinstance(scaling, Llama3Scaling):
                 original = Decimal(scaling.original_max_positions)
                 low, high, factor = (
                     Decimal(v) for v in (scaling.low_freq_factor, scaling.high_freq_factor, scaling.factor)

@@ -7,6 +7,8 @@ must return the same bits; `tests/` holds them to it.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 
@@ -43,6 +45,16 @@ def gemm_i8(a_i8: I8, w_i8: I8) -> I32:
     A binary64 product of int8 values is exact in any order of summation: every partial sum is below 2**53.
     """
     return (a_i8.astype(np.float64) @ w_i8.astype(np.float64).T).astype(np.int32)
+
+
+def pack(w_i8: I8) -> npt.NDArray[np.float64]:
+    """Weights in the form that `gemm_packed` reads; opaque to callers."""
+    return w_i8.astype(np.float64)
+
+
+def gemm_packed(packed: npt.NDArray[np.float64], a_i8: I8) -> I32:
+    """`gemm_i8` with weights from `pack`. Shapes: (tokens, in) -> (tokens, out)."""
+    return (a_i8.astype(np.float64) @ packed.T).astype(np.int32)
 
 
 def dequantise(y_i32: I32, w_scale: F32, a_scale: F32, bias: F32 | None) -> F32:
@@ -198,10 +210,10 @@ def causal_mask(num_queries: int, start: int, num_keys: int) -> npt.NDArray[np.b
     return np.arange(num_keys)[None, :] <= (start + np.arange(num_queries))[:, None]
 
 
-def attention(
+def attention_contiguous(
     q_i8: I8, q_scale: F32, k_i8: I8, k_scale: F32, v_i8: I8, start: int
 ) -> tuple[I64, I32]:
-    """Causal attention of one sequence, grouped heads.
+    """Causal attention of one sequence, grouped heads, keys in one piece.
 
     Shapes: q (tokens, heads, d), q_scale (tokens, heads), k and v (keys, kv_heads, d), k_scale (keys, kv_heads) with
     keys = start + tokens. Returns O (tokens, heads, d) int64, |O| < 2**38, and L (tokens, heads) int32.
@@ -219,6 +231,31 @@ def attention(
         # Exact: |sum P*V| <= 16336 * 127 * 131072 < 2**38 < 2**53.
         out[:, head] = (p.astype(np.float64) @ v_i8[:, kv].astype(np.float64)).astype(np.int64)
     return out, row_sum
+
+
+def gather_pages(pages: npt.NDArray[Any], block_table: I32, keys: int) -> npt.NDArray[Any]:
+    """Contiguous (keys, kv_heads, ...) copy of a sequence's pages (pages, kv_heads, page, ...)."""
+    picked = pages[block_table].swapaxes(1, 2)
+    return picked.reshape(-1, *picked.shape[2:])[:keys]
+
+
+def attention(
+    q_i8: I8, q_scale: F32, k_pages: I8, k_scale_pages: F32, v_pages: I8, block_table: I32, start: int
+) -> tuple[I64, I32]:
+    """`attention_contiguous` over a paged cache (spec/kv.py) that already holds this run's keys and values.
+
+    Shapes: q (tokens, heads, d), q_scale (tokens, heads), k_pages and v_pages (pages, kv_heads, page, d), k_scale_pages
+    (pages, kv_heads, page), block_table (pages of the sequence in order,). Returns O (tokens, heads, d), L (tokens, heads).
+    """
+    keys = start + q_i8.shape[0]
+    return attention_contiguous(
+        q_i8,
+        q_scale,
+        gather_pages(k_pages, block_table, keys),
+        gather_pages(k_scale_pages, block_table, keys),
+        gather_pages(v_pages, block_table, keys),
+        start,
+    )
 
 
 def attention_epilogue(o_i64: I64, l_i32: I32, v_scale: F32) -> tuple[I8, F32]:
