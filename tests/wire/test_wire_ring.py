@@ -1,0 +1,347 @@
+"""The shared ring: order and content, wrap-around, lies about counters, seals, and concurrent changes of the memory."""
+
+from __future__ import annotations
+
+import errno
+import faulthandler
+import fcntl
+import mmap
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from veriattn.errors import ConfigError, MalformedMessage, ProverTimeout, ProverUnavailable
+from veriattn.wire import ring as wr
+from veriattn.wire.channel import RingChannel, accept_channel
+from veriattn.wire.messages import BadRequest, Kind, Limits
+from veriattn.wire.ring import RingGeometry, create_segment, read_geometry
+
+SMALL = RingGeometry(slot_bytes=4096, to_prover_slots=2, from_prover_slots=4)
+LIMITS = Limits(64, 4, 1000, 4000, 500)
+FROM, HEAD, TAIL = 512, 0, 64
+
+
+def ring_pair(geometry: RingGeometry = SMALL, timeout_s: float = 5.0) -> tuple[RingChannel, RingChannel]:
+    ours, theirs = socket.socketpair()
+    verifier = RingChannel.offer(ours, geometry, timeout_s)
+    prover = accept_channel(theirs)
+    assert isinstance(prover, RingChannel)
+    prover.timeout_s = timeout_s
+    verifier.send(Kind.HELLO, b"{}")
+    assert prover.recv_any(None) == (Kind.HELLO, b"{}")
+    return verifier, prover
+
+
+@pytest.fixture
+def pair() -> Iterator[tuple[RingChannel, RingChannel]]:
+    verifier, prover = ring_pair()
+    with verifier, prover:
+        yield verifier, prover
+
+
+def words(prover: RingChannel) -> wr._Words:
+    """What a lying prover has: every word of the shared page."""
+    return prover._transport._words  # type: ignore[attr-defined,no-any-return]
+
+
+@given(st.lists(st.integers(0, 40_000), min_size=1, max_size=12), st.sampled_from([(2, 2), (3, 5), (2, 7)]))
+@settings(max_examples=40, deadline=None)
+def test_any_sizes_arrive_in_order(sizes: list[int], slots: tuple[int, int]) -> None:
+    verifier, prover = ring_pair(RingGeometry(4096, *slots))
+    payloads = [np.random.default_rng(i).integers(0, 256, size, np.uint8) for i, size in enumerate(sizes)]
+    with verifier, prover:
+        writer = threading.Thread(target=lambda: [prover.send(Kind.CLAIM, p) for p in payloads])
+        writer.start()
+        received = [verifier.recv(Kind.CLAIM, size) for size in sizes]
+        writer.join()
+    assert all(np.array_equal(a, b) for a, b in zip(received, payloads, strict=True))
+    assert verifier.bytes_received == sum(sizes) + 32 * len(sizes)
+
+
+def test_wrap_around_of_both_rings(pair: tuple[RingChannel, RingChannel]) -> None:
+    verifier, prover = pair
+    for round_ in range(50):
+        ids = bytes([round_]) * 24
+        verifier.send(Kind.FREE, ids)
+        assert prover.recv_any(LIMITS) == (Kind.FREE, ids)
+        data = np.full(1000 + 170 * round_, round_, np.uint8)
+        prover.send(Kind.CLAIM, data[:100], data[100:])
+        assert np.array_equal(verifier.recv(Kind.CLAIM, data.nbytes), data)
+
+
+def test_tiles_arrive_before_the_message_is_complete(pair: tuple[RingChannel, RingChannel]) -> None:
+    verifier, prover = pair
+    data = np.arange(20 * 4096, dtype=np.uint32).astype("<u4")  # 80 slots through a ring of 4
+    writer = threading.Thread(target=prover.send, args=(Kind.CLAIM, data))
+    writer.start()
+    verifier.expect(Kind.CLAIM, data.nbytes)
+    tile = np.empty(4096, "<u4")
+    for index in range(20):
+        assert writer.is_alive() or index >= 16  # the ring cannot hold what is still to come
+        verifier.recv_into(tile)
+        assert np.array_equal(tile, data[index * 4096 : (index + 1) * 4096])
+    writer.join()
+    prover.send(Kind.CLAIM, b"next")
+    assert bytes(verifier.recv(Kind.CLAIM, 4)) == b"next"
+
+
+def test_two_processes() -> None:
+    ours, theirs = socket.socketpair()
+    rounds, size = 300, 30_000
+    pid = os.fork()
+    if pid == 0:
+        ours.close()
+        channel = accept_channel(theirs)
+        channel.recv_any(None)
+        for index in range(rounds):
+            _, ids = channel.recv_any(LIMITS)
+            channel.send(Kind.CLAIM, np.full(size, ids[0] ^ index & 255, np.uint8))
+        os._exit(0)
+    theirs.close()
+    with RingChannel.offer(ours, SMALL, 20.0) as verifier:
+        verifier.send(Kind.HELLO, b"{}")
+        out = np.empty(size, np.uint8)
+        for index in range(rounds):
+            verifier.send(Kind.FREE, bytes([index * 7 & 255]) * 8)
+            verifier.recv(Kind.CLAIM, size, out)
+            assert (out == (index * 7 & 255) ^ index & 255).all()
+        assert os.waitpid(pid, 0)[1] == 0
+
+
+@pytest.mark.parametrize("head", [2**64 - 1, 2**63, 100, 6])
+def test_head_too_far_ahead(pair: tuple[RingChannel, RingChannel], head: int) -> None:
+    verifier, prover = pair
+    prover.send(Kind.CLAIM, b"honest")
+    assert bytes(verifier.recv(Kind.CLAIM, 6)) == b"honest"  # one slot freed: 5 is the last good value
+    words(prover).store(FROM + HEAD, head)
+    with pytest.raises(MalformedMessage):
+        verifier.recv(Kind.CLAIM, 6)
+    with pytest.raises(ProverUnavailable):  # closed for good
+        verifier.recv(Kind.CLAIM, 6)
+
+
+def test_head_backwards(pair: tuple[RingChannel, RingChannel]) -> None:
+    verifier, prover = pair
+    for _ in range(2):
+        prover.send(Kind.CLAIM, b"honest")
+        verifier.recv(Kind.CLAIM, 6)
+    words(prover).store(FROM + HEAD, 1)
+    with pytest.raises(MalformedMessage):
+        verifier.recv(Kind.CLAIM, 6)
+
+
+@pytest.mark.parametrize("tail", [2**64 - 1, 4])
+def test_tail_beyond_what_was_sent(tail: int) -> None:
+    verifier, prover = ring_pair()
+    with verifier, prover:
+        for _ in range(2):
+            verifier.send(Kind.FREE, bytes(8))
+        words(prover).store(256 + TAIL, tail)
+        with pytest.raises(MalformedMessage):
+            for _ in range(3):
+                verifier.send(Kind.FREE, bytes(8))
+
+
+def test_tail_backwards() -> None:
+    verifier, prover = ring_pair()
+    with verifier, prover:
+        for _ in range(3):
+            verifier.send(Kind.FREE, bytes(8))
+            prover.recv_any(LIMITS)
+        words(prover).store(256 + TAIL, 0)
+        with pytest.raises(MalformedMessage):
+            for _ in range(3):
+                verifier.send(Kind.FREE, bytes(8))
+
+
+def test_lies_in_the_words_that_the_verifier_owns_change_nothing(pair: tuple[RingChannel, RingChannel]) -> None:
+    verifier, prover = pair
+    for index in range(20):
+        for offset in (FROM + TAIL, 256 + HEAD):
+            words(prover).store(offset, 2**64 - 1 - index)
+        prover._transport._producer._tail = 0  # type: ignore[attr-defined]
+        prover._transport._producer._limit = 2**62  # type: ignore[attr-defined]
+        prover.send(Kind.CLAIM, bytes([index]) * 50)
+        assert bytes(verifier.recv(Kind.CLAIM, 50)) == bytes([index]) * 50
+
+
+def test_unread_ring_blocks_the_writer_until_its_timeout() -> None:
+    verifier, prover = ring_pair(timeout_s=0.1)
+    with verifier, prover, pytest.raises(ProverTimeout):
+        for _ in range(5):
+            verifier.send(Kind.FREE, bytes(8))
+
+
+def test_flood_of_wake_ups_does_not_extend_the_deadline(pair: tuple[RingChannel, RingChannel]) -> None:
+    verifier, prover = pair
+    stop = threading.Event()
+
+    def flood() -> None:
+        while not stop.is_set():
+            prover._transport._control.wake()  # type: ignore[attr-defined]
+
+    thread = threading.Thread(target=flood)
+    thread.start()
+    try:
+        with pytest.raises(ProverTimeout):
+            verifier.recv(Kind.CLAIM, 6, timeout_s=0.2)
+    finally:
+        stop.set()
+        thread.join()
+
+
+def test_lost_wake_up_does_not_hang(pair: tuple[RingChannel, RingChannel]) -> None:
+    verifier, prover = pair
+    prover._transport._control.wake = lambda: None  # type: ignore[attr-defined]
+    timer = threading.Timer(0.05, prover.send, (Kind.CLAIM, b"quiet"))
+    timer.start()
+    assert bytes(verifier.recv(Kind.CLAIM, 5)) == b"quiet"
+    timer.join()
+
+
+def test_what_was_published_before_the_end_still_counts(pair: tuple[RingChannel, RingChannel]) -> None:
+    verifier, prover = pair
+    prover.send(Kind.CLAIM, b"last words")
+    prover.close()
+    assert bytes(verifier.recv(Kind.CLAIM, 10)) == b"last words"
+    with pytest.raises(ProverUnavailable):
+        verifier.recv(Kind.CLAIM, 10)
+
+
+def test_mutation_while_reading() -> None:
+    """Another process rewrites the slots all the time: what is received never changes any more."""
+    ours, theirs = socket.socketpair()
+    geometry = RingGeometry(4096, 2, 16)
+    size, rounds = 8 * 4096 - 32, 200
+    pid = os.fork()
+    if pid == 0:
+        ours.close()
+        channel = accept_channel(theirs)
+        channel.recv_any(None)
+        slots = channel._transport._views[1]  # type: ignore[attr-defined]
+        patterns = [bytes([value]) * 4096 for value in (1, 2)]
+
+        def mutate() -> None:
+            for index in range(2**62):
+                for slot in range(16):
+                    slots[slot * 4096 + 32 : (slot + 1) * 4096] = patterns[index & 1][32:]
+
+        threading.Thread(target=mutate, daemon=True).start()
+        try:
+            while True:
+                channel.send(Kind.CLAIM, bytes([3]) * size)
+        finally:
+            os._exit(0)
+    theirs.close()
+    with RingChannel.offer(ours, geometry, 20.0) as verifier:
+        verifier.send(Kind.HELLO, b"{}")
+        shared = np.frombuffer(verifier._transport._views[1], np.uint8)  # type: ignore[attr-defined]
+        changed_in_place = touched = 0
+        for _ in range(rounds):
+            verified = verifier.recv(Kind.CLAIM, size)
+            before, view_before = int(verified.sum()), int(shared.sum())
+            time.sleep(0.0005)
+            assert not np.shares_memory(verified, shared)
+            assert int(verified.sum()) == before
+            changed_in_place += int(shared.sum()) != view_before
+            touched += bool((verified != 3).any())
+        # The mutator was at work, or this test shows nothing.
+        assert changed_in_place > 0 and touched > 0
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        del shared
+
+
+# -- the segment ---------------------------------------------------------------------------------------------------
+
+
+def test_seals_hold() -> None:
+    fd = create_segment(SMALL)
+    try:
+        for size in (0, SMALL.segment_bytes - 1, SMALL.segment_bytes + 4096):
+            with pytest.raises(PermissionError):
+                os.ftruncate(fd, size)
+        with pytest.raises(PermissionError):
+            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE)
+        with pytest.raises(PermissionError):
+            os.pwrite(fd, b"x", SMALL.segment_bytes)
+        assert read_geometry(fd) == SMALL
+    finally:
+        os.close(fd)
+
+
+def truncate_under_reader(fd: int, size: int) -> int:
+    """Wait status of a process that maps the segment, lets it be truncated and reads its last page."""
+    pid = os.fork()
+    if pid == 0:
+        faulthandler.disable()
+        mapped = mmap.mmap(fd, size)
+        try:
+            os.ftruncate(fd, 0)
+        except PermissionError:
+            os._exit(errno.EPERM if mapped[size - 1] == 0 else 1)
+        mapped[size - 1]
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def test_truncation_under_the_reader() -> None:
+    fd = create_segment(SMALL)
+    unsealed = os.memfd_create("unsealed")
+    os.ftruncate(unsealed, 8192)
+    try:
+        assert truncate_under_reader(fd, SMALL.segment_bytes) == errno.EPERM
+        assert truncate_under_reader(unsealed, 8192) == -signal.SIGBUS  # what the seal is for
+    finally:
+        os.close(fd)
+        os.close(unsealed)
+
+
+def test_a_hole_punched_into_the_segment_reads_as_zeros(pair: tuple[RingChannel, RingChannel]) -> None:
+    verifier, prover = pair
+    prover.send(Kind.CLAIM, b"x" * 100)
+    prover._transport._map.madvise(mmap.MADV_REMOVE)  # type: ignore[attr-defined]
+    with pytest.raises((MalformedMessage, ProverTimeout)):
+        verifier.recv(Kind.CLAIM, 100, timeout_s=0.1)
+
+
+def test_nothing_stays_behind() -> None:
+    def count() -> tuple[int, int]:
+        with open("/proc/self/maps") as maps:
+            return len(os.listdir("/proc/self/fd")), sum("veriattn-ring" in line for line in maps)
+
+    before = count()
+    for _ in range(5):
+        verifier, prover = ring_pair()
+        assert count()[1] == before[1] + 2
+        verifier.close()
+        prover.close()
+        prover.close()
+    assert count() == before
+
+
+@pytest.mark.parametrize(
+    "sizes", [(4095, 2, 2), (0, 2, 2), (4096, 1, 2), (4096, 2, 0), (1 << 25, 2, 2), (4096, 2, 1 << 40)]
+)
+def test_geometry_refuses(sizes: tuple[int, int, int]) -> None:
+    with pytest.raises(ConfigError):
+        RingGeometry(*sizes)
+
+
+def test_prover_refuses_a_segment_that_could_be_truncated() -> None:
+    fd = os.memfd_create("x", os.MFD_ALLOW_SEALING)
+    try:
+        os.ftruncate(fd, SMALL.segment_bytes)
+        os.pwrite(fd, wr._pack_geometry(SMALL), 0)
+        with pytest.raises(BadRequest):
+            read_geometry(fd)
+    finally:
+        os.close(fd)
