@@ -62,6 +62,20 @@ class LocalOperations:
             return o, row_sum
         return np.concatenate([o for o, _ in parts]), np.concatenate([s for _, s in parts])
 
+    def scores(self, layer: int, seq_id: int, q_i8: I8) -> I32:
+        """Exact q.k of one run's queries with every cached key of its sequence.
+
+        Shapes: q (tokens, heads, d) -> (heads, tokens, keys). What a query does not see is there all the same.
+        """
+        k = self._caches[layer].gather(seq_id, "k")
+        group = self._config.num_heads // self._config.num_kv_heads
+        return np.stack(
+            [
+                self._kernels.gemm_i8(np.ascontiguousarray(q_i8[:, h]), np.ascontiguousarray(k[:, h // group]))
+                for h in range(self._config.num_heads)
+            ]
+        )
+
     def length(self, seq_id: int) -> int:
         """Cached tokens of a sequence."""
         return self._caches[-1].length(seq_id)

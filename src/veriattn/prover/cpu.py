@@ -1,0 +1,87 @@
+"""CPU backend: the canonical forward pass over the native kernels, claims leaving operation by operation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from veriattn.native import kernels as native_kernels
+from veriattn.prover.backend import ClaimSink
+from veriattn.spec.forward import AttentionInput, Batch, check_batch, forward
+from veriattn.spec.local import LocalOperations
+from veriattn.spec.modelfile import ModelDirectory, TensorCollector
+from veriattn.spec.reference import F32, I8, I32, I64
+from veriattn.wire.messages import AttentionCheck
+
+
+class _ClaimingOperations:
+    """`LocalOperations` whose results are claimed as they are made."""
+
+    def __init__(self, local: LocalOperations, check: AttentionCheck, sink: ClaimSink) -> None:
+        self._local, self._check, self._sink = local, check, sink
+
+    def linear(self, name: str, a_i8: I8) -> I32:
+        y = self._local.linear(name, a_i8)
+        self._sink.claim(name, y)
+        return y
+
+    def attention(self, layer: int, batch: Batch, x: AttentionInput) -> tuple[I64, I32]:
+        o, row_sum = self._local.attention(layer, batch, x)
+        if self._check is AttentionCheck.TRANSFER:
+            for entry, rows in zip(batch.entries, batch.slices(), strict=True):
+                scores = self._local.scores(layer, entry.seq_id, x.q_i8[rows])
+                self._sink.claim(f"layers.{layer}.scores.{entry.seq_id}", scores)
+        self._sink.claim(f"layers.{layer}.attention", o)
+        return o, row_sum
+
+
+class CpuBackend:
+    """The embedded default: NumPy and the native extension, no torch."""
+
+    device = "cpu"
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        expected_digest: str,
+        kv_tokens: int,
+        max_sequences: int,
+        kernels: ModuleType = native_kernels,
+    ) -> None:
+        """Load and pack the weights. Raises: ModelError."""
+        model = ModelDirectory(directory, expected_digest=expected_digest)
+        collector = TensorCollector(model.config)
+        specs = model.config.tensor_specs()
+        packed: dict[str, Any] = {}
+        matrix = np.empty((0, 0), np.int8)
+        # An honest prover has no use for the hashes: the verifier checks what comes of the weights.
+        for name, first, chunk in model.stream(verify=False):
+            if collector.add(name, first, chunk):
+                continue
+            shape = specs[name][1]
+            if first == 0:
+                matrix = np.empty(shape, np.int8)
+            matrix[first : first + chunk.shape[0]] = chunk
+            if first + chunk.shape[0] == shape[0]:
+                packed[name[: -len(".weight")]] = kernels.pack(matrix)
+        self.tensors = collector.tensors()
+        self._kernels = kernels
+        # Pages are per sequence: each may leave one partly filled.
+        max_pages = -(-kv_tokens // 256) + max_sequences
+        self.operations = LocalOperations(model.config, packed.__getitem__, kernels, max_pages=max_pages)
+
+    def step(self, batch: Batch, check: AttentionCheck, sink: ClaimSink | None) -> F32:
+        """See `Backend.step`. Raises: InternalError for tokens that do not continue their sequence; NumericsError."""
+        check_batch(self.tensors, batch, [self.length(e.seq_id) for e in batch.entries])
+        ops = self.operations if sink is None else _ClaimingOperations(self.operations, check, sink)
+        return forward(self.tensors, batch, ops, self._kernels)
+
+    def length(self, seq_id: int) -> int:
+        return self.operations.length(seq_id)
+
+    def free(self, seq_id: int) -> None:
+        self.operations.free(seq_id)

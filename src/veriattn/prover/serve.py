@@ -1,0 +1,115 @@
+"""The prover's main loop: HELLO, then steps until the verifier is gone."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from veriattn.errors import InternalError, ModelError, VeriattnError
+from veriattn.prover.backend import Backend, ClaimSink
+from veriattn.prover.cpu import CpuBackend
+from veriattn.spec.constants import SPEC_VERSION
+from veriattn.spec.forward import Batch, BatchEntry
+from veriattn.wire.channel import Channel
+from veriattn.wire.messages import (
+    BadRequest,
+    ErrorCode,
+    Hello,
+    Kind,
+    LogitRows,
+    Mode,
+    Ready,
+    Step,
+    VerifierGone,
+    decode_free,
+    decode_hello,
+    decode_step,
+    encode_error,
+    encode_ready,
+)
+
+_LOGIT_ROWS = {LogitRows.NONE: "none", LogitRows.LAST: "last", LogitRows.ALL: "all"}
+
+BackendFactory = Callable[[Hello], Backend]
+
+
+class ChannelSink:
+    """Claims as messages."""
+
+    def __init__(self, channel: Channel) -> None:
+        self._channel = channel
+
+    def claim(self, name: str, values: np.ndarray[Any, Any]) -> None:
+        self._channel.send(Kind.CLAIM, values)
+
+
+def cpu_backend(hello: Hello) -> Backend:
+    """The default factory."""
+    return CpuBackend(
+        Path(hello.model_path),
+        expected_digest=hello.model_digest,
+        kv_tokens=hello.limits.kv_tokens,
+        max_sequences=hello.limits.max_sequences,
+    )
+
+
+def batch_of(step: Step) -> Batch:
+    """A STEP message as a batch."""
+    entries, at = [], 0
+    for e in step.entries:
+        ids = tuple(step.token_ids_i32[at : at + e.num_tokens].tolist())
+        entries.append(BatchEntry(e.seq_id, e.start, ids, _LOGIT_ROWS[e.logits]))  # type: ignore[arg-type]
+        at += e.num_tokens
+    return Batch(tuple(entries))
+
+
+def serve(
+    channel: Channel,
+    make_backend: BackendFactory = cpu_backend,
+    make_sink: Callable[[Channel], ClaimSink] = ChannelSink,
+) -> None:
+    """Answer the verifier until SHUTDOWN or the end of the link. Faults of our own are reported in an ERROR message."""
+    try:
+        _, payload = channel.recv_any(None)
+        hello = decode_hello(payload)
+        if hello.spec != SPEC_VERSION:
+            raise BadRequest(f"this prover implements spec version {SPEC_VERSION}")
+        backend = make_backend(hello)
+        channel.send(Kind.READY, encode_ready(Ready(os.getpid(), hello.protocol, SPEC_VERSION, backend.device)))
+        sink = make_sink(channel)
+        while True:
+            kind, payload = channel.recv_any(hello.limits)
+            if kind is Kind.STEP:
+                step = decode_step(payload, hello.limits)
+                batch = batch_of(step)
+                logits = backend.step(batch, step.attention_check, sink if step.mode is Mode.CLAIMS else None)
+                if step.mode is Mode.LOGITS and logits.size:
+                    channel.send(Kind.LOGITS, logits)
+            elif kind is Kind.FREE:
+                for seq_id in decode_free(payload, hello.limits):
+                    backend.free(seq_id)
+            elif kind is Kind.SHUTDOWN:
+                return
+            else:
+                raise BadRequest(f"{kind.name} is not expected here")
+    except VerifierGone:
+        return
+    except BadRequest as e:
+        _report(channel, ErrorCode.BAD_REQUEST, e)
+    except ModelError as e:
+        _report(channel, ErrorCode.MODEL, e)
+    except MemoryError as e:
+        _report(channel, ErrorCode.OUT_OF_MEMORY, e)
+    except InternalError as e:
+        _report(channel, ErrorCode.INTERNAL, e)
+
+
+def _report(channel: Channel, code: ErrorCode, error: Exception) -> None:
+    try:
+        channel.send(Kind.ERROR, encode_error(code, str(error)))
+    except VeriattnError:
+        return
