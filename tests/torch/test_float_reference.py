@@ -1,4 +1,4 @@
-"""The float reference against transformers, on small random models of every architecture, shapes chosen to be awkward."""
+"""The float reference against transformers: small random models of every architecture in awkward shapes."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-torch = pytest.importorskip("torch")
+pytest.importorskip("torch.nn")
 transformers = pytest.importorskip("transformers")
+
+import torch  # noqa: E402
 
 from veriattn.convert.float_reference import FloatChunk, FloatKVCache, FloatReference  # noqa: E402
 from veriattn.convert.sources import open_source  # noqa: E402

@@ -19,7 +19,11 @@ F64 = npt.NDArray[np.float64]
 Arch = Literal["llama", "mistral", "qwen2", "qwen3", "phi3"]
 
 ARCHITECTURES: tuple[Arch, ...] = ("llama", "mistral", "qwen2", "qwen3", "phi3")
-FINITE_CHECK_ROWS_BYTES = 64 << 20
+# Far above every real model: bounds what a damaged configuration can make this process allocate.
+MAX_LAYERS = 1024
+MAX_SIZE = 1 << 24
+MAX_HEAD_DIM = 4096
+_FINITE_CHECK_ELEMENTS = 1 << 24
 HASH_BLOCK_BYTES = 1 << 20
 
 
@@ -67,6 +71,13 @@ class FrequencyFactors:
 RopeScaling = Llama3Scaling | FrequencyFactors
 
 
+def linear_scaling(factor: float, rotary_dim: int) -> FrequencyFactors:
+    """Linear rope scaling: every frequency divided by `factor`."""
+    if not 0 < rotary_dim <= MAX_HEAD_DIM:
+        raise ModelError(f"rotary dimension {rotary_dim} is out of range")
+    return FrequencyFactors((factor,) * (rotary_dim // 2))
+
+
 @dataclass(frozen=True)
 class SourceConfig:
     """Shape and constants of a decoder: RMSNorm, rotary attention with grouped keys and values, SwiGLU.
@@ -101,8 +112,9 @@ class SourceConfig:
     def __post_init__(self) -> None:
         sizes = ("hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "intermediate_size")
         for key in (*sizes, "vocab_size", "max_positions", "rotary_dim"):
-            if getattr(self, key) <= 0:
-                raise ModelError(f"model configuration: {key} is {getattr(self, key)}, must be positive")
+            limit = {"num_layers": MAX_LAYERS, "head_dim": MAX_HEAD_DIM}.get(key, MAX_SIZE)
+            if not 0 < getattr(self, key) <= limit:
+                raise ModelError(f"model configuration: {key} is {getattr(self, key)}, must be from 1 to {limit}")
         if self.num_heads % self.num_kv_heads:
             raise ModelError(f"{self.num_heads} attention heads do not divide among {self.num_kv_heads} KV heads")
         if self.rotary_dim % 2 or self.rotary_dim > self.head_dim:
@@ -247,7 +259,6 @@ class TensorTable:
         if set(expected) != set(self._views):
             raise ModelError(f"no rule for the tensors {sorted(set(expected) ^ set(self._views))[:4]}")
         used: dict[str, list[TensorView]] = {}
-        aliases = {view.stored for name, view in self._views.items() if name == "lm_head"}
         for name, view in self._views.items():
             if view.shape != expected[name]:
                 raise ModelError(f"tensor {view.stored} has shape {view.shape}, expected {expected[name]} for {name}")
@@ -266,7 +277,7 @@ class TensorTable:
                 raise ModelError(
                     f"tensor {stored_name} has shape {stored[stored_name]}, the configuration asks for {shape}"
                 )
-        extra = sorted(set(stored) - set(used) - set(ignored) - aliases)
+        extra = sorted(set(stored) - set(used) - set(ignored))
         if extra:
             raise ModelError(
                 f"the checkpoint has {len(extra)} tensors that this architecture does not use, first {extra[0]}",
@@ -301,8 +312,8 @@ class TensorTable:
     @staticmethod
     def _finite(name: str, values: F32) -> F32:
         flat = values.reshape(-1)
-        for start in range(0, flat.size, FINITE_CHECK_ROWS_BYTES // 4):
-            if not np.isfinite(flat[start : start + FINITE_CHECK_ROWS_BYTES // 4]).all():
+        for start in range(0, flat.size, _FINITE_CHECK_ELEMENTS):
+            if not np.isfinite(flat[start : start + _FINITE_CHECK_ELEMENTS]).all():
                 raise ModelError(f"tensor {name} contains NaN or infinity", hint="the checkpoint is damaged")
         return values
 

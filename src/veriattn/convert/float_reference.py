@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from veriattn.convert.checkpoint import F32, Source, SourceConfig
-from veriattn.errors import ModelError, UsageError
+from veriattn.errors import UsageError
 
 QUERY_BLOCK = 256
 GROUP_TOKENS = 2048
@@ -266,7 +266,7 @@ class FloatReference:
             if chunk.start + ids.size > self.config.max_positions:
                 raise UsageError(f"{chunk.start + ids.size} tokens exceed the context of {self.config.max_positions}")
             if int(ids.min()) < 0 or int(ids.max()) >= self.config.vocab_size:
-                raise ModelError(f"token ids lie outside the vocabulary of {self.config.vocab_size}")
+                raise UsageError(f"token ids lie outside the vocabulary of {self.config.vocab_size}")
 
 
 def _as_ids(token_ids: Sequence[int] | npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:

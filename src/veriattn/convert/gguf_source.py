@@ -16,6 +16,7 @@ from veriattn.convert.checkpoint import (
     TensorTable,
     TensorView,
     clamp_to_window,
+    linear_scaling,
     sha256_file,
 )
 from veriattn.convert.gguf_file import GgufFile
@@ -173,7 +174,7 @@ class GgufSource:
         kind = self._file.metadata.get(f"{self._arch}.rope.scaling.type", "none")
         explicit = _ROPE_FREQS in self._file.tensors
         if kind == "linear" and not explicit:
-            return FrequencyFactors((self._float("rope.scaling.factor"),) * (rotary_dim // 2))
+            return linear_scaling(self._float("rope.scaling.factor"), rotary_dim)
         if kind != "none":
             raise ModelError(f"GGUF rope scaling {kind!r} is not supported", hint=_EXPERT_HINT)
         if not explicit:

@@ -6,11 +6,11 @@ from typing import Any
 
 from veriattn.convert.checkpoint import (
     Arch,
-    FrequencyFactors,
     Llama3Scaling,
     RopeScaling,
     SourceConfig,
     clamp_to_window,
+    linear_scaling,
 )
 from veriattn.errors import ModelError
 
@@ -64,7 +64,10 @@ class _Fields:
         value = default if value is None else value
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise ModelError(f"{self._where}: {key} is {value!r}, must be a number")
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError as error:
+            raise ModelError(f"{self._where}: {key} is too large") from error
 
     def bool(self, key: str, default: bool) -> bool:
         value = self.values.get(key)
@@ -182,6 +185,8 @@ def _rotary_dim(fields: _Fields, arch: Arch, head_dim: int) -> int:
     factor = _same(fields, rope, "partial_rotary_factor", 1.0)
     if factor != 1.0 and arch != "phi3":
         raise ModelError(f"partial_rotary_factor {factor} is not supported for {arch}")
+    if not 0 < factor <= 1:
+        raise ModelError(f"partial_rotary_factor {factor} is out of range")
     return int(head_dim * factor)
 
 
@@ -192,7 +197,7 @@ def _rope(fields: _Fields, rotary_dim: int) -> tuple[float, RopeScaling | None]:
     if kind == "default":
         return theta, None
     if kind == "linear":
-        return theta, FrequencyFactors((rope.float("factor"),) * (rotary_dim // 2))
+        return theta, linear_scaling(rope.float("factor"), rotary_dim)
     if kind == "llama3":
         scaling = Llama3Scaling(
             factor=rope.float("factor"),

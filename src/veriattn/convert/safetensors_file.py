@@ -49,7 +49,7 @@ def _object(data: bytes, where: str) -> dict[str, Any]:
 
     try:
         value = json.loads(data, object_pairs_hook=unique)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise ModelError(f"{where} is not valid JSON", hint=_HINT) from error
     if not isinstance(value, dict):
         raise ModelError(f"{where} is not a JSON object")
