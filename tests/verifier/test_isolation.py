@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import veriattn
 from veriattn.errors import ProverUnavailable
 from veriattn.verifier import isolation
 from veriattn.verifier.isolation import ProverProcess, harden_self, lock_memory, probe, spawn_prover
@@ -326,7 +327,7 @@ def test_a_prover_over_a_ring() -> None:
         "channel.recv_any(Limits(1, 1, 1, 1, 1))\n"
     )
     ours, theirs = socket.socketpair()
-    environment = {"PYTHONPATH": str(Path(isolation.__file__).parents[2])}
+    environment = {"PYTHONPATH": os.pathsep.join(str(Path(module.__file__).parents[1]) for module in (veriattn, np))}
     process = spawn_prover([sys.executable, "-c", script], theirs.fileno(), extra_environment=environment)
     theirs.close()
     try:

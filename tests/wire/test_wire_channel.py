@@ -24,6 +24,7 @@ from veriattn.errors import (
     VeriattnError,
 )
 from veriattn.wire.channel import Channel, RingChannel, StreamChannel, accept_channel, inherited_channel
+from veriattn.wire.emulate import Throttle
 from veriattn.wire.messages import HEADER, MAGIC, BadRequest, Kind, Limits, VerifierGone, encode_error
 from veriattn.wire.ring import RingGeometry
 from veriattn.wire.stream import parse_address
@@ -47,10 +48,20 @@ def tcp_pair() -> tuple[socket.socket, socket.socket]:
         return ours, server.accept()[0]
 
 
+def open_slow_ring(sock: socket.socket) -> Channel:
+    return RingChannel.offer(sock, RingGeometry(4096, 2, 4), 5.0, Throttle(50, 20))
+
+
+def open_slow_stream(sock: socket.socket) -> Channel:
+    return StreamChannel.offer(sock, 5.0, Throttle(50, 20))
+
+
 TRANSPORTS = {
     "ring": (socket.socketpair, open_ring),
     "unix": (socket.socketpair, open_stream),
     "tcp": (tcp_pair, open_stream),
+    "slow-ring": (socket.socketpair, open_slow_ring),
+    "slow-tcp": (tcp_pair, open_slow_stream),
 }
 
 
@@ -290,9 +301,19 @@ def test_killed_while_the_verifier_sends(
         timer = threading.Timer(0.1, os.kill, (pid, signal.SIGKILL))
         timer.start()
         with pytest.raises(ProverUnavailable):
-            verifier.send(Kind.STEP, np.zeros(64 << 20, np.uint8))
+            for _ in range(4):  # an emulated link takes 64 MiB ahead
+                verifier.send(Kind.STEP, np.zeros(33 << 20, np.uint8))
         timer.join()
         os.waitpid(pid, 0)
+
+
+def test_abort_from_another_thread(pair: tuple[Channel, Channel]) -> None:
+    verifier, _ = pair
+    timer = threading.Timer(0.05, verifier.abort)
+    timer.start()
+    with pytest.raises(ProverUnavailable):
+        verifier.recv(Kind.CLAIM, len(PAYLOAD))
+    timer.join()
 
 
 def test_garbage(pair: tuple[Channel, Channel]) -> None:

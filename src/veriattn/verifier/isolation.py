@@ -105,9 +105,11 @@ def clean_environment(control_fd: int | None = None, extra: Mapping[str, str] | 
     """The prover's environment: a short list of names, plus `extra`. Nothing else of this process's is passed on."""
     environment = {name: os.environ[name] for name in _KEPT_VARIABLES if name in os.environ}
     environment.setdefault("PATH", os.defpath)
-    source = Path(veriattn.__file__).resolve().parents[1]
-    if source in [Path(entry).resolve() for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]:
-        environment["PYTHONPATH"] = str(source)
+    # Only the entries that this process's own imports came from, so that it also works from a source tree.
+    entries = {Path(entry).resolve() for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry}
+    sources = dict.fromkeys(Path(module.__file__ or "").resolve().parents[1] for module in (veriattn, np))
+    if used := [str(source) for source in sources if source in entries]:
+        environment["PYTHONPATH"] = os.pathsep.join(used)
     if control_fd is not None:
         environment[PROVER_FD_VARIABLE] = str(control_fd)
     return environment | dict(extra or {})

@@ -27,6 +27,7 @@ from veriattn.errors import (
     UsageError,
     VeriattnError,
 )
+from veriattn.wire.emulate import EmulatedTransport, PumpedStream, Throttle
 from veriattn.wire.messages import (
     ERROR_BYTES,
     HEADER,
@@ -215,6 +216,10 @@ class Channel:
             timeout_s = self.timeout_s
         return None if timeout_s is None else time.monotonic() + timeout_s
 
+    def abort(self) -> None:
+        """From any thread: waits of other threads on this channel end as if the other side were gone."""
+        self._transport.abort()
+
     def close(self) -> None:
         """Release the shared segment and the socket. May be called twice; not while another thread uses it."""
         self._closed = True
@@ -232,9 +237,15 @@ class RingChannel(Channel):
 
     @classmethod
     def offer(
-        cls, sock: socket.socket, geometry: RingGeometry | None = None, timeout_s: float | None = DEFAULT_TIMEOUT_S
+        cls,
+        sock: socket.socket,
+        geometry: RingGeometry | None = None,
+        timeout_s: float | None = DEFAULT_TIMEOUT_S,
+        throttle: Throttle | None = None,
     ) -> RingChannel:
         """Verifier: make the segment, hand it over on `sock` (connected, AF_UNIX; owned from here on).
+
+        throttle: an emulated link in between.
 
         Raises: ConfigError (no memory for the segment); ProverUnavailable.
         """
@@ -249,22 +260,28 @@ class RingChannel(Channel):
                 raise Role.VERIFIER.gone() from error
         finally:
             os.close(fd)
-        return cls(transport, Role.VERIFIER, timeout_s)
+        return cls(EmulatedTransport(transport, throttle) if throttle else transport, Role.VERIFIER, timeout_s)
 
 
 class StreamChannel(Channel):
     """Frames over a stream socket."""
 
     @classmethod
-    def offer(cls, sock: socket.socket, timeout_s: float | None = DEFAULT_TIMEOUT_S) -> StreamChannel:
+    def offer(
+        cls, sock: socket.socket, timeout_s: float | None = DEFAULT_TIMEOUT_S, throttle: Throttle | None = None
+    ) -> StreamChannel:
         """Verifier: speak frames on `sock` (connected stream socket; owned from here on)."""
         transport = StreamTransport(sock, Role.VERIFIER)
         greeting = memoryview(_GREETING.pack(_GREETING_MAGIC, _STREAM))
         transport.write_message([greeting], None if timeout_s is None else time.monotonic() + timeout_s)
-        return cls(transport, Role.VERIFIER, timeout_s)
+        if throttle is None:
+            return cls(transport, Role.VERIFIER, timeout_s)
+        return cls(EmulatedTransport(PumpedStream(transport), throttle), Role.VERIFIER, timeout_s)
 
     @classmethod
-    def connect(cls, address: str, timeout_s: float = DEFAULT_TIMEOUT_S) -> StreamChannel:
+    def connect(
+        cls, address: str, timeout_s: float = DEFAULT_TIMEOUT_S, throttle: Throttle | None = None
+    ) -> StreamChannel:
         """Verifier: connect to a prover that listens at tcp://HOST:PORT, vsock://CID:PORT or unix:///PATH.
 
         Raises: UsageError (address); ProverUnavailable (nobody answers).
@@ -280,7 +297,7 @@ class StreamChannel(Channel):
         except OSError as error:
             sock.close()
             raise ProverUnavailable(f"no prover answers at {address}", hint="start one there first") from error
-        return cls.offer(sock, timeout_s)
+        return cls.offer(sock, timeout_s, throttle)
 
 
 def accept_channel(sock: socket.socket, timeout_s: float = DEFAULT_TIMEOUT_S) -> Channel:

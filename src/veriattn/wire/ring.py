@@ -267,6 +267,14 @@ class RingConsumer(_RingEnd):
             self._pos = pos + count
             self._free(self._pos // self._slot)
 
+    def written_position(self) -> int:
+        """What the other side's counter says at this moment, in bytes; unchecked, for timing only."""
+        return self._words.load(self._base + _HEAD) * self._slot
+
+    def read_position(self) -> int:
+        """Bytes taken since the start, with what was skipped."""
+        return self._pos
+
     def end_message(self) -> None:
         """Skip to the next slot boundary."""
         tail = -(-self._pos // self._slot)
@@ -300,6 +308,9 @@ class RingTransport:
         self.write_message = self._producer.write_message
         self.read_into = self._consumer.read_into
         self.end_message = self._consumer.end_message
+        self.written_position = self._consumer.written_position
+        self.read_position = self._consumer.read_position
+        self.abort = control.abort
         self._closed = False
 
     def close(self) -> None:

@@ -55,11 +55,12 @@ class StreamTransport:
                 self._start += buffered
                 done += buffered
             elif total - done >= _DIRECT_BYTES:
-                done += self._receive(out[done:], deadline)
+                done += self.receive_some(out[done:], deadline)
             else:
-                self._start, self._stop = 0, self._receive(self._buffer, deadline)
+                self._start, self._stop = 0, self.receive_some(self._buffer, deadline)
 
-    def _receive(self, into: memoryview, deadline: float | None) -> int:
+    def receive_some(self, into: memoryview, deadline: float | None) -> int:
+        """At least one byte, as many as there are."""
         while True:
             try:
                 count = self._sock.recv_into(into)
@@ -82,6 +83,13 @@ class StreamTransport:
 
     def end_message(self) -> None:
         """Nothing to skip: frames follow each other without padding."""
+
+    def abort(self) -> None:
+        """End both directions; every wait fails."""
+        try:
+            self._sock.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            return
 
     def close(self) -> None:
         """Close the socket."""

@@ -51,8 +51,11 @@ class Transport(Protocol):
     def end_message(self) -> None:
         """The message being read is complete."""
 
+    def abort(self) -> None:
+        """From any thread: every wait, now and later, fails as if the other side were gone."""
+
     def close(self) -> None:
-        """Release everything; may be called twice."""
+        """Release everything; may be called twice; no other thread uses the transport."""
 
 
 def poll_ms(deadline: float | None, at_most_ms: float) -> float:
@@ -99,6 +102,14 @@ class ControlLink:
             return
         except OSError:
             self.gone = True
+
+    def abort(self) -> None:
+        """As if the other side were gone; sleepers notice at once."""
+        self.gone = True
+        try:
+            self._sock.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            return
 
     def close(self) -> None:
         """Close the socket."""

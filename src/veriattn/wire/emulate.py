@@ -1,0 +1,281 @@
+"""A slower link than the one there is: `--emulate-link` for either transport, on the verifier's side. For measuring only.
+
+Each direction is a pipe of fixed rate and delay with its own virtual clock: bytes start to cross when they were sent, or
+when the pipe is free, whichever is later, and may be used after their transfer time and the delay. Sending does not block
+(as with DMA); what arrived while the verifier was busy is not waited for again. Nothing about checks or sizes changes.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from bisect import bisect_right
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol, Self
+
+from veriattn.errors import UsageError, VeriattnError
+from veriattn.wire.stream import StreamTransport
+from veriattn.wire.transport import Role, Transport
+
+_PIECE_BYTES = 256 * 1024
+_QUEUE_BYTES = 64 * 1024 * 1024
+_SAMPLE_S = 0.0002
+_FLUSH_S = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Throttle:
+    """gbps: 10^9 bits per second, each way. latency_us: one-way delay."""
+
+    gbps: float
+    latency_us: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 1e-4 <= self.gbps <= 1e5 or not 0 <= self.latency_us <= 1e6:
+            raise UsageError("an emulated link has 0.0001 to 100000 Gbit/s and a delay of 0 to 1000000 microseconds")
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """`GBPS[,LATENCY_US]`. Raises: UsageError."""
+        try:
+            return cls(*map(float, text.split(",", 1)))
+        except ValueError as error:
+            raise UsageError(f"{text!r} is not GBPS[,LATENCY_US]", hint="for example --emulate-link 8,10") from error
+
+    @property
+    def bytes_per_s(self) -> float:
+        """Rate of one direction."""
+        return self.gbps * 1e9 / 8
+
+
+class _Pipe:
+    """Virtual clock of one direction."""
+
+    def __init__(self, throttle: Throttle) -> None:
+        self._rate = throttle.bytes_per_s
+        self._delay_s = throttle.latency_us * 1e-6
+        self._free_at = 0.0
+
+    def arrival(self, num_bytes: int, sent_at: float) -> float:
+        """When bytes that were handed to the link at `sent_at` have all arrived."""
+        self._free_at = max(self._free_at, sent_at) + num_bytes / self._rate
+        return self._free_at + self._delay_s
+
+
+def _sleep_until(when: float) -> None:
+    remaining_s = when - time.monotonic()
+    if remaining_s > 0:
+        time.sleep(remaining_s)
+
+
+class Observed(Transport, Protocol):
+    """A transport that can tell how far the other side has written, for timing only."""
+
+    def written_position(self) -> int:
+        """Position up to which the other side claims to have written; not validated."""
+
+    def read_position(self) -> int:
+        """Position of the next byte to be read, on the same scale."""
+
+
+class EmulatedTransport:
+    """A transport behind an emulated link; owns `inner`.
+
+    Two threads of its own: one delivers what is sent when it is due, one notes when the other side wrote what.
+    """
+
+    def __init__(self, inner: Observed, throttle: Throttle, role: Role = Role.VERIFIER) -> None:
+        self._inner, self._role = inner, role
+        self._out, self._in = _Pipe(throttle), _Pipe(throttle)
+        self._queue: deque[tuple[float, memoryview]] = deque()
+        self._queued_bytes = 0
+        self._changed = threading.Condition()
+        self._closing = False
+        self._fault: VeriattnError | None = None
+        self._times: list[float] = []
+        self._positions: list[int] = []
+        self._threads = [
+            threading.Thread(target=target, name="veriattn-emulated-link", daemon=True)
+            for target in (self._deliver, self._observe)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    # -- sending -----------------------------------------------------------------------------------------------
+
+    def write_message(self, parts: Sequence[memoryview], deadline: float | None) -> None:
+        """Queue a copy of the message; blocks only while 64 MiB are under way."""
+        message = memoryview(b"".join(parts))
+        with self._changed:
+            while self._queued_bytes > _QUEUE_BYTES and self._fault is None:
+                timeout_s = None if deadline is None else deadline - time.monotonic()
+                if not self._changed.wait(timeout_s):
+                    raise self._role.timeout("take data")
+            if self._fault is not None:
+                raise self._fault
+            self._queue.append((self._out.arrival(len(message), time.monotonic()), message))
+            self._queued_bytes += len(message)
+            self._changed.notify_all()
+
+    def _deliver(self) -> None:
+        while True:
+            with self._changed:
+                while not self._queue:
+                    if self._closing:
+                        return
+                    self._changed.wait()
+                due, message = self._queue[0]
+            if not self._closing:
+                _sleep_until(due)
+            try:
+                self._inner.write_message([message], None)  # ends with the peer or with abort()
+            except VeriattnError as error:
+                with self._changed:
+                    self._fault = error
+                    self._changed.notify_all()
+                return
+            with self._changed:
+                self._queue.popleft()
+                self._queued_bytes -= len(message)
+                self._changed.notify_all()
+
+    # -- receiving ---------------------------------------------------------------------------------------------
+
+    def read_into(self, out: memoryview, deadline: float | None) -> None:
+        """As the inner transport's, then waits until the bytes would have come over the link."""
+        due = 0.0
+        for first in range(0, len(out), _PIECE_BYTES):
+            piece = out[first : first + _PIECE_BYTES]
+            self._inner.read_into(piece, deadline)
+            due = self._in.arrival(len(piece), self._sent_at(self._inner.read_position()))
+        if deadline is not None and due > deadline:
+            _sleep_until(deadline)
+            raise self._role.timeout("answer")
+        _sleep_until(due)
+
+    def _sent_at(self, position: int) -> float:
+        """When the other side was first seen to have written up to `position`; now, if that is news."""
+        positions, times = self._positions, self._times
+        index = bisect_right(positions, position - 1)
+        if index >= len(positions):
+            return time.monotonic()
+        sent_at = times[index]
+        if index > 10_000:
+            with self._changed:
+                del positions[:index], times[:index]
+        return sent_at
+
+    def _observe(self) -> None:
+        latest = -1
+        while not self._closing:
+            position = self._inner.written_position()
+            if position > latest:
+                latest = position
+                with self._changed:
+                    self._times.append(time.monotonic())
+                    self._positions.append(position)
+            time.sleep(_SAMPLE_S)
+
+    def end_message(self) -> None:
+        """The message being read is complete."""
+        self._inner.end_message()
+
+    def abort(self) -> None:
+        """End every wait."""
+        self._inner.abort()
+
+    def close(self) -> None:
+        """Deliver what is queued without further delay, then close the inner transport."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+        self._threads[0].join(_FLUSH_S)
+        self._inner.abort()
+        for thread in self._threads:
+            thread.join()
+        self._inner.close()
+
+
+class PumpedStream:
+    """A stream that is emptied as fast as it fills, so that the emulated link and not a socket buffer sets the pace.
+
+    Bounded: takes no more than 64 MiB ahead. Owns `inner`.
+    """
+
+    def __init__(self, inner: StreamTransport, role: Role = Role.VERIFIER) -> None:
+        self._inner, self._role = inner, role
+        self.write_message = inner.write_message
+        self.end_message = inner.end_message
+        self._chunks: deque[memoryview] = deque()
+        self._taken = self._written = 0
+        self._changed = threading.Condition()
+        self._fault: VeriattnError | None = None
+        self._closing = False
+        self._thread = threading.Thread(target=self._pump, name="veriattn-emulated-stream", daemon=True)
+        self._thread.start()
+
+    def _pump(self) -> None:
+        buffer = memoryview(bytearray(_PIECE_BYTES))
+        while True:
+            with self._changed:
+                while self._written - self._taken > _QUEUE_BYTES and not self._closing:
+                    self._changed.wait()
+                if self._closing:
+                    return
+            fault, count = None, 0
+            try:
+                count = self._inner.receive_some(buffer, None)
+            except VeriattnError as error:
+                fault = error
+            with self._changed:
+                self._fault = fault
+                self._chunks.append(memoryview(bytes(buffer[:count])))
+                self._written += count
+                self._changed.notify_all()
+            if fault is not None:
+                return
+
+    def read_into(self, out: memoryview, deadline: float | None) -> None:
+        """Fill `out` with the next bytes of the stream."""
+        done = 0
+        while done < len(out):
+            with self._changed:
+                while self._written == self._taken:
+                    if self._fault is not None:
+                        raise self._fault
+                    timeout_s = None if deadline is None else deadline - time.monotonic()
+                    if not self._changed.wait(timeout_s):
+                        raise self._role.timeout("answer")
+                chunk = self._chunks[0]
+                count = min(len(chunk), len(out) - done)
+                out[done : done + count] = chunk[:count]
+                if count == len(chunk):
+                    self._chunks.popleft()
+                else:
+                    self._chunks[0] = chunk[count:]
+                done += count
+                self._taken += count
+                self._changed.notify_all()
+
+    def written_position(self) -> int:
+        """Bytes received from the socket so far."""
+        return self._written
+
+    def read_position(self) -> int:
+        """Bytes handed on so far."""
+        return self._taken
+
+    def abort(self) -> None:
+        """End every wait."""
+        self._inner.abort()
+
+    def close(self) -> None:
+        """Stop the pump and close the socket."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+        self._inner.abort()
+        self._thread.join()
+        self._inner.close()
