@@ -6,6 +6,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -115,7 +116,11 @@ class SessionStats:
     checks: CheckCounts = field(default_factory=CheckCounts)
     steps: int = 0
     verify_cpu_s: float = 0.0
-    prover_wait_s: float = 0.0
+
+    @property
+    def prover_wait_s(self) -> float:
+        """Wall time spent in receiving: waiting for the prover, and copying in."""
+        return self.checks.receive_s
 
 
 class Session:
@@ -208,7 +213,7 @@ class Session:
         live = set(self._lengths) | {e.seq_id for e in batch.entries}
         if len(live) > self.config.max_sequences:
             raise UsageError(f"more than {self.config.max_sequences} sequences at a time")
-        wall, cpu = time.monotonic(), time.process_time()
+        cpu = time.process_time()
         try:
             self._send_step(batch)
             logits = self._replay(batch) if self._ops is not None else self._take_logits(batch)
@@ -224,7 +229,10 @@ class Session:
         cpu = time.process_time() - cpu
         self.stats.steps += 1
         self.stats.verify_cpu_s += cpu
-        self.stats.prover_wait_s += max(0.0, time.monotonic() - wall - cpu)
+        if self.verified:
+            c = self.model.tensors.config
+            # Per token and layer: two norms, q/k/v, attention output, MLP, two residuals; per row of logits: norm, logits.
+            self.stats.checks.elementwise_replayed += 7 * c.num_layers * batch.num_tokens + 2 * len(batch.logit_rows())
         return logits
 
     def _send_step(self, batch: Batch) -> None:
@@ -247,7 +255,9 @@ class Session:
         rows, vocab = len(batch.logit_rows()), self.model.tensors.config.vocab_size
         logits = np.empty((rows, vocab), np.float32)
         if rows:
+            t = time.monotonic()
             self.channel.recv(Kind.LOGITS, logits.nbytes, logits)
+            self.stats.checks.receive_s += time.monotonic() - t
         # Unchecked, but whoever samples from them must not meet NaN.
         return np.nan_to_num(logits, copy=False, nan=-1e30, posinf=1e30, neginf=-1e30)
 
@@ -281,10 +291,9 @@ class Session:
             if self._ops is not None:
                 self._ops.close()
             if reason == "closed":
-                try:
+                # A courtesy: a prover that cannot take it is ended all the same.
+                with suppress(VeriattnError):
                     self.channel.send(Kind.SHUTDOWN, timeout_s=1.0)
-                except VeriattnError:
-                    reason = "closed"
             self._prover.terminate()
 
     def _destroy_keys(self) -> None:
