@@ -13,7 +13,7 @@ from veriattn.convert.checkpoint import F32, Source, SourceConfig
 from veriattn.errors import UsageError
 
 QUERY_BLOCK = 256
-GROUP_TOKENS = 2048
+GROUP_TOKENS = 1024
 HEAD_BLOCK_BYTES = 128 << 20
 
 
@@ -74,9 +74,12 @@ def rms_norm(x: F32, weight: F32, eps: float) -> F32:
 
 
 def silu(x: F32) -> F32:
-    """x * sigmoid(x) without overflow."""
-    e = np.exp(-np.abs(x))
-    return np.asarray(x * np.where(x >= 0, np.float32(1.0), e) / (np.float32(1.0) + e), dtype=np.float32)
+    """x * sigmoid(x), in one temporary."""
+    # exp overflows to infinity for x below -88, where the quotient is zero as it should be.
+    with np.errstate(over="ignore"):
+        out = np.exp(np.negative(x))
+    out += np.float32(1.0)
+    return np.asarray(np.divide(x, out, out=out), dtype=np.float32)
 
 
 def rotary_tables(config: SourceConfig, positions: npt.NDArray[np.int64]) -> tuple[F32, F32]:

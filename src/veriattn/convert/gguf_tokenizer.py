@@ -47,6 +47,7 @@ _PRE_TOKENIZERS = {
     "gpt-2": _PreTokenizer(_byte_level(use_regex=True)),
     "smollm": _PreTokenizer(_digits_then_bytes()),
     "llama-bpe": _PreTokenizer(_split_then_bytes("{1,3}"), ignore_merges=True, add_bos=True),
+    "dbrx": _PreTokenizer(_split_then_bytes("{1,3}")),
     "qwen2": _PreTokenizer(_split_then_bytes(""), normalizer={"type": "NFC"}),
 }
 
