@@ -63,20 +63,18 @@ class LocalOperations:
         return np.concatenate([o for o, _ in parts]), np.concatenate([s for _, s in parts])
 
     def scores(self, layer: int, seq_id: int, q_i8: I8) -> I32:
-        """Exact q.k of one run's queries with the keys that they see, for the transfer check.
+        """Exact q.k of one run's queries with every cached key of its sequence, for the transfer check.
 
-        Shapes: q (tokens, heads, d), whose keys are in the cache already -> flat: head by head, row by row, start + i + 1
-        scores for row i.
+        Shapes: q (tokens, heads, d) -> (heads, tokens, keys). Keys that a query does not see are there all the same.
         """
         k = self._caches[layer].gather(seq_id, "k")
         group = self._config.num_heads // self._config.num_kv_heads
-        tokens, start = q_i8.shape[0], k.shape[0] - q_i8.shape[0]
-        visible = reference.causal_mask(tokens, start, k.shape[0])
-        parts = []
-        for head in range(self._config.num_heads):
-            q_head, k_head = np.ascontiguousarray(q_i8[:, head]), np.ascontiguousarray(k[:, head // group])
-            parts.append(self._kernels.gemm_i8(q_head, k_head)[visible])
-        return np.concatenate(parts)
+        return np.stack(
+            [
+                self._kernels.gemm_i8(np.ascontiguousarray(q_i8[:, h]), np.ascontiguousarray(k[:, h // group]))
+                for h in range(self._config.num_heads)
+            ]
+        )
 
     def length(self, seq_id: int) -> int:
         """Cached tokens of a sequence."""

@@ -17,7 +17,6 @@ from veriattn.native import (
     project_outputs,
     value_projection,
 )
-from veriattn.spec.field import P
 from veriattn.spec.forward import AttentionInput, Batch, BatchEntry
 from veriattn.spec.kv import PagedCache
 from veriattn.spec.model import ModelConfig, ModelTensors
@@ -25,6 +24,9 @@ from veriattn.spec.reference import I8, I32, I64
 from veriattn.verifier.keys import REPETITIONS, U64, KeySet
 from veriattn.wire.channel import Channel
 from veriattn.wire.messages import AttentionCheck, Kind
+
+_LYING = "the prover is faulty or lying; nothing of this step was released"
+_NO_SUMS: U64 = np.empty((0, 0, 0), np.uint64)
 
 
 @dataclass
@@ -62,13 +64,14 @@ class VerifiedCache:
         cache.extend(entry.seq_id, entry.num_tokens)
         g = value_projection(v_i8, self._keys.attention(layer))
         cache.write(entry.seq_id, entry.start, k=k_i8, k_scale=k_scale, g=g)
-        shape = (self._config.num_kv_heads, REPETITIONS, self._config.head_dim)
-        before = self._sums[layer].get(entry.seq_id)
-        if before is None:
-            before = np.zeros(shape, np.uint64)
-        if self._track:
-            r = self._keys.positions(entry.start + entry.num_tokens)[:, entry.start : entry.start + entry.num_tokens]
-            self._sums[layer][entry.seq_id] = (before + key_projection(k_i8, np.ascontiguousarray(r))) % np.uint64(P)
+        if not self._track:
+            return _NO_SUMS
+        sums = self._sums[layer].get(entry.seq_id)
+        if sums is None:
+            sums = np.zeros((self._config.num_kv_heads, REPETITIONS, self._config.head_dim), np.uint64)
+            self._sums[layer][entry.seq_id] = sums
+        before = sums.copy()
+        key_projection(k_i8, self._keys.positions(entry.start + entry.num_tokens), entry.start, sums)
         return before
 
     def layer(self, layer: int) -> PagedCache:
@@ -124,7 +127,7 @@ class CheckedOperations:
             row = int(np.argmin(ok))
             raise FreivaldsMismatch(
                 f"{name}: the claimed product is wrong in row {row} of {len(ok)}",
-                hint="the prover is faulty or lying; nothing of this step was released",
+                hint=_LYING,
             )
         self.counts.linear_rows += len(ok)
         return claimed_i32
@@ -154,10 +157,13 @@ class CheckedOperations:
         claimed_i64 = np.empty((batch.num_tokens, c.num_heads, c.head_dim), np.int64)
         self._receive(claimed_i64)
         got, in_range = project_outputs(claimed_i64, self._keys.attention(layer))
-        ok = in_range & np.all(got == np.concatenate(expected), axis=2)
+        if not in_range:
+            raise AttentionMismatch(f"layers.{layer}.attention: a claimed output is 2**39 or larger", hint=_LYING)
+        ok = np.all(got == np.concatenate(expected), axis=2)
         if not bool(np.all(ok)):
             row, head = (int(v) for v in np.argwhere(~ok)[0])
-            raise AttentionMismatch(self._where(layer, batch, row, f"head {head}: the claimed output is wrong"))
+            where = self._where(layer, batch, row)
+            raise AttentionMismatch(f"{where}, head {head}: the claimed output is wrong", hint=_LYING)
         self.counts.attention_rows += ok.size
         return claimed_i64, np.concatenate(row_sums)
 
@@ -173,8 +179,7 @@ class CheckedOperations:
         self, layer: int, entry: BatchEntry, x: AttentionInput, rows: slice, c_before: U64
     ) -> tuple[I32, U64]:
         n, start = entry.num_tokens, entry.start
-        visible = n * start + n * (n + 1) // 2
-        claimed_scores = np.empty(self._config.num_heads * visible, np.int32)
+        claimed_scores = np.empty((self._config.num_heads, n, start + n), np.int32)
         self._receive(claimed_scores)
         cache = self.cache.layer(layer)
         a = cache.arrays
@@ -187,17 +192,17 @@ class CheckedOperations:
             raise AttentionMismatch(
                 f"layers.{layer}.attention, sequence {entry.seq_id}, position {start + row}, head {head}: "
                 "the claimed scores are wrong",
-                hint="the prover is faulty or lying; nothing of this step was released",
+                hint=_LYING,
             )
         return row_sum, pg
 
     @staticmethod
-    def _where(layer: int, batch: Batch, row: int, what: str) -> str:
+    def _where(layer: int, batch: Batch, row: int) -> str:
         for entry, rows in zip(batch.entries, batch.slices(), strict=True):
             if rows.start <= row < rows.stop:
                 position = entry.start + row - rows.start
-                return f"layers.{layer}.attention, sequence {entry.seq_id}, position {position}, {what}"
-        return f"layers.{layer}.attention, row {row}, {what}"
+                return f"layers.{layer}.attention, sequence {entry.seq_id}, position {position}"
+        return f"layers.{layer}.attention, row {row}"
 
     def free(self, seq_id: int) -> None:
         self.cache.free(seq_id)
