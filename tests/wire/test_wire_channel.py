@@ -9,6 +9,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -27,7 +28,7 @@ from veriattn.wire.channel import Channel, RingChannel, StreamChannel, accept_ch
 from veriattn.wire.emulate import Throttle
 from veriattn.wire.messages import HEADER, MAGIC, BadRequest, Kind, Limits, VerifierGone, encode_error
 from veriattn.wire.ring import RingGeometry
-from veriattn.wire.stream import parse_address
+from veriattn.wire.stream import listen, parse_address
 
 LIMITS = Limits(64, 4, 1000, 4000, 500)
 PAYLOAD = bytes(range(200))
@@ -386,18 +387,29 @@ def test_bad_greeting(greeting: bytes) -> None:
         accept_channel(theirs)
 
 
-def test_connect_over_tcp_and_unix(tmp_path: os.PathLike[str]) -> None:
-    path = os.path.join(tmp_path, "prover.sock")
-    unix = socket.socket(socket.AF_UNIX)
-    unix.bind(path)
-    unix.listen()
-    tcp = socket.create_server(("127.0.0.1", 0))
-    for server, address in ((unix, f"unix://{path}"), (tcp, f"tcp://127.0.0.1:{tcp.getsockname()[1]}")):
+def test_connect_over_tcp_and_unix(tmp_path: Path) -> None:
+    for given in (f"unix://{tmp_path}/prover.sock", "tcp://127.0.0.1:0"):
+        server = listen(given)
+        address = given if given.startswith("unix") else f"tcp://127.0.0.1:{server.getsockname()[1]}"
         with server, StreamChannel.connect(address, 5.0) as verifier, accept_channel(server.accept()[0]) as prover:
             verifier.send(Kind.HELLO, b"{}")
             assert prover.recv_any(None)[0] == Kind.HELLO
+            with pytest.raises(UsageError):
+                listen(address)
         with pytest.raises(ProverUnavailable):
             StreamChannel.connect(address, 1.0)
+
+
+def test_vsock_loopback() -> None:
+    try:
+        server = listen("vsock://1:52731")
+        server.settimeout(2.0)
+        channel = StreamChannel.connect("vsock://1:52731", 2.0)
+    except (UsageError, ProverUnavailable):
+        pytest.skip("no vsock loopback in this kernel")
+    with server, channel as verifier, accept_channel(server.accept()[0]) as prover:
+        verifier.send(Kind.HELLO, b"{}")
+        assert prover.recv_any(None)[0] == Kind.HELLO
 
 
 def test_addresses() -> None:

@@ -17,14 +17,18 @@ import struct
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import ModuleType
 
 from veriattn.errors import ConfigError, InternalError
 from veriattn.wire.transport import ControlLink, Role, poll_ms
 
+_native: ModuleType | None
 try:
-    from veriattn.native import load_acquire_u64, store_release_u64
-except ImportError:  # the wire also runs where the extension is not built
-    load_acquire_u64 = store_release_u64 = None
+    from veriattn import native as _built
+
+    _native = _built
+except ImportError:  # an independent prover may use this package where the extension is not built
+    _native = None
 
 RING_MAGIC = 0x3152_4156  # "VAR1"
 CONTROL_BYTES = 4096
@@ -119,19 +123,19 @@ class _Words:
     def __init__(self, page: memoryview) -> None:
         self._page = page
         self._u64 = page.cast("Q")
-        self._native = load_acquire_u64 is not None
+        self._native = _native
         # One aligned 8-byte access each way; x86 orders loads as acquire and stores as release by itself.
-        if not self._native and platform.machine() != "x86_64":
+        if _native is None and platform.machine() != "x86_64":
             raise ConfigError("shared rings need the native extension on this machine", hint="build the extension")
 
     def load(self, offset: int) -> int:
-        if self._native:
-            return int(load_acquire_u64(self._page, offset))
+        if self._native is not None:
+            return int(self._native.load_acquire_u64(self._page, offset))
         return self._u64[offset >> 3]
 
     def store(self, offset: int, value: int) -> None:
-        if self._native:
-            store_release_u64(self._page, offset, value)
+        if self._native is not None:
+            self._native.store_release_u64(self._page, offset, value)
         else:
             self._u64[offset >> 3] = value
 

@@ -113,3 +113,20 @@ def parse_address(address: str) -> tuple[socket.AddressFamily, object]:
     raise UsageError(
         f"{address!r} is not an address of a prover", hint="tcp://HOST:PORT, vsock://CID:PORT or unix:///PATH"
     )
+
+
+def listen(address: str) -> socket.socket:
+    """Prover: a socket that listens at an address of `parse_address`. Raises: UsageError."""
+    family, target = parse_address(address)
+    try:
+        server = socket.socket(family, socket.SOCK_STREAM)
+    except OSError as error:
+        raise UsageError(f"this machine cannot listen at {address}: {error.strerror}") from error
+    try:
+        server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        server.bind(target)  # type: ignore[arg-type]
+        server.listen(1)
+    except OSError as error:
+        server.close()
+        raise UsageError(f"cannot listen at {address}: {error.strerror}", hint="choose another address") from error
+    return server
