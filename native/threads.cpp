@@ -1,0 +1,163 @@
+#include "threads.h"
+
+#include <pthread.h>
+#include <sched.h>
+#include <stdlib.h>
+
+#include <atomic>
+#include <condition_variable>
+#include <mutex>
+#include <new>
+#include <thread>
+
+#if VA_X86
+#include <immintrin.h>
+#endif
+
+namespace va {
+namespace {
+
+// A caller that flushes subnormals or rounds otherwise (some libraries set this for the whole process) must not change
+// our results; and our choice must not leak into the caller.
+class FloatEnvironment {
+  public:
+#if VA_X86
+    FloatEnvironment() : saved_(_mm_getcsr()) { _mm_setcsr(0x1f80); }
+    ~FloatEnvironment() { _mm_setcsr(saved_); }
+
+  private:
+    unsigned saved_;
+#else
+    FloatEnvironment() {
+        asm volatile("mrs %0, fpcr" : "=r"(saved_));
+        asm volatile("msr fpcr, %0" ::"r"((uint64_t)0));
+    }
+    ~FloatEnvironment() { asm volatile("msr fpcr, %0" ::"r"(saved_)); }
+
+  private:
+    uint64_t saved_;
+#endif
+};
+
+struct Job {
+    void (*fn)(void*, i64);
+    void* ctx;
+    i64 n;
+    std::atomic<i64> next{0};
+    std::atomic<bool> failed{false};
+};
+
+void work(Job& job) {
+    FloatEnvironment environment;
+    try {
+        for (;;) {
+            i64 i = job.next.fetch_add(1, std::memory_order_relaxed);
+            if (i >= job.n) return;
+            job.fn(job.ctx, i);
+        }
+    } catch (const std::bad_alloc&) {
+        job.failed = true;
+    }
+}
+
+struct Pool {
+    std::mutex use;  // held by the caller whose loop is running
+    std::mutex m;
+    std::condition_variable wake, done;
+    Job* job = nullptr;
+    uint64_t generation = 0;
+    int workers = 0, wanted = 0, active = 0;
+
+    void loop(int index) {
+        std::unique_lock<std::mutex> lock(m);
+        uint64_t seen = 0;
+        for (;;) {
+            wake.wait(lock, [&] { return generation != seen && job != nullptr && index < wanted; });
+            seen = generation;
+            Job* mine = job;
+            active++;
+            lock.unlock();
+            work(*mine);
+            lock.lock();
+            if (--active == 0) done.notify_all();
+        }
+    }
+};
+
+// Never destroyed: detached workers may outlive static destructors.
+Pool* pool = new Pool;
+std::atomic<int> thread_count{0};
+
+void forget_workers_after_fork() { pool = new Pool; }
+
+int default_threads() {
+    cpu_set_t set;
+    CPU_ZERO(&set);
+    int n = sched_getaffinity(0, sizeof set, &set) == 0 ? CPU_COUNT(&set) : 1;
+    return n < 1 ? 1 : n > 256 ? 256 : n;
+}
+
+}  // namespace
+
+void set_threads(int n) { thread_count = n; }
+
+int get_threads() {
+    int n = thread_count;
+    return n > 0 ? n : default_threads();
+}
+
+void parallel_for_raw(i64 n, bool worth_it, void (*fn)(void*, i64), void* ctx) {
+    static const int registered = pthread_atfork(nullptr, nullptr, forget_workers_after_fork);
+    (void)registered;
+    if (n <= 0) return;
+    Job job;
+    job.fn = fn;
+    job.ctx = ctx;
+    job.n = n;
+    int helpers = worth_it ? (int)min64(get_threads(), n) - 1 : 0;
+    Pool& p = *pool;
+    // Where another caller has the pool, this one just does its own work.
+    std::unique_lock<std::mutex> use(p.use, std::defer_lock);
+    if (helpers > 0 && use.try_lock()) {
+        {
+            std::lock_guard<std::mutex> lock(p.m);
+            while (p.workers < helpers) {
+                std::thread(&Pool::loop, &p, p.workers).detach();
+                p.workers++;
+            }
+            p.job = &job;
+            p.wanted = helpers;
+            p.generation++;
+        }
+        p.wake.notify_all();
+        work(job);
+        std::unique_lock<std::mutex> lock(p.m);
+        p.job = nullptr;  // late wakers find nothing to do
+        p.done.wait(lock, [&] { return p.active == 0; });
+    } else {
+        work(job);
+    }
+    if (job.failed) throw std::bad_alloc();
+}
+
+void* scratch(Slot slot, size_t bytes) {
+    struct Buffers {
+        void* data[S_SLOTS] = {};
+        size_t size[S_SLOTS] = {};
+        ~Buffers() {
+            for (void* p : data) free(p);
+        }
+    };
+    thread_local Buffers b;
+    if (b.size[slot] < bytes) {
+        free(b.data[slot]);
+        b.size[slot] = 0;
+        size_t rounded = (bytes + bytes / 4 + 4095) & ~(size_t)4095;
+        b.data[slot] = aligned_alloc(64, rounded);
+        if (!b.data[slot]) throw std::bad_alloc();
+        b.size[slot] = rounded;
+    }
+    return b.data[slot];
+}
+
+}  // namespace va
