@@ -54,8 +54,18 @@ class PagedCache:
             table.append(self._take_page())
         self._lengths[seq_id] = length
 
-    def write(self, seq_id: int, start: int, **values: np.ndarray[Any, Any]) -> None:
-        """Store per-key values, each (tokens, kv_heads, *tail), at positions start, start + 1, ..."""
+    def head_table(self, seq_id: int, kv_head: int) -> np.ndarray[tuple[int], np.dtype[np.int32]]:
+        """Block table of one KV head in `head_arrays`."""
+        return self.table(seq_id) * np.int32(self._kv_heads) + np.int32(kv_head)
+
+    def head_arrays(self) -> dict[str, np.ndarray[Any, Any]]:
+        """The same memory seen as (pages * kv_heads, 1, PAGE, *tail): kernels then work on one KV head, nothing is copied."""
+        return {name: a.reshape(-1, 1, *a.shape[2:]) for name, a in self.arrays.items()}
+
+    def write(
+        self, seq_id: int, start: int, heads: slice = slice(None), **values: np.ndarray[Any, Any]
+    ) -> None:
+        """Store per-key values of some KV heads, each (tokens, heads, *tail), at positions start, start + 1, ..."""
         table = self._tables[seq_id]
         for name, value in values.items():
             array, at = self.arrays[name], 0
@@ -64,7 +74,7 @@ class PagedCache:
             while at < value.shape[0]:
                 page, offset = divmod(start + at, PAGE)
                 n = min(PAGE - offset, value.shape[0] - at)
-                array[table[page], :, offset : offset + n] = value[at : at + n].swapaxes(0, 1)
+                array[table[page], heads, offset : offset + n] = value[at : at + n].swapaxes(0, 1)
                 at += n
 
     def gather(self, seq_id: int, name: str) -> np.ndarray[Any, Any]:
