@@ -51,7 +51,8 @@ DEFAULT_TIMEOUT_S = 120.0
 _GREETING = struct.Struct("<II8x")  # magic, transport; with a ring the segment's descriptor travels along
 _GREETING_MAGIC = 0x31474156  # "VAG1"
 _RING, _STREAM = 1, 2
-_REQUESTS = frozenset((Kind.HELLO, Kind.STEP, Kind.FREE, Kind.SHUTDOWN))
+_OPERATIONS = frozenset((Kind.LINEAR, Kind.ATTEND, Kind.WEIGHTS))
+_REQUESTS = _OPERATIONS | {Kind.HELLO, Kind.STEP, Kind.FREE, Kind.SHUTDOWN}
 
 
 class Channel:
@@ -175,8 +176,12 @@ class Channel:
 
     # -- receiving, prover -----------------------------------------------------------------------------------
 
-    def recv_any(self, limits: Limits | None, timeout_s: float | None = None) -> tuple[Kind, bytes]:
+    def recv_any(
+        self, limits: Limits | None, timeout_s: float | None = None, *, operation_bytes: int = 0
+    ) -> tuple[Kind, bytes]:
         """Prover side: the next message of the verifier, whatever its kind. `limits` is None before HELLO.
+
+        operation_bytes: largest payload of a request of a single operation; 0 where the session has none.
 
         Waits without end unless a time-out is given. Raises: VerifierGone; BadRequest.
         """
@@ -190,7 +195,10 @@ class Channel:
             raise BadRequest("a message has a wrong magic, flags, session or sequence number")
         if kind not in _REQUESTS or (kind == Kind.HELLO) != (seq == 0):
             raise BadRequest(f"kind {kind} is not expected here")
-        bound = MAX_HELLO_BYTES if limits is None else limits.max_payload_bytes(kind)
+        if limits is None:
+            bound = MAX_HELLO_BYTES
+        else:
+            bound = operation_bytes if kind in _OPERATIONS else limits.max_payload_bytes(kind)
         if payload_bytes > bound:
             raise BadRequest(f"{payload_bytes} bytes of payload are more than the limits allow")
         payload = bytearray(payload_bytes)

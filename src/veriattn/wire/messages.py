@@ -44,8 +44,9 @@ class Kind(IntEnum):
     STEP = 2
     FREE = 3
     SHUTDOWN = 4
-    LINEAR = 16  # reserved for requests of single operations
-    ATTENTION = 17  # reserved
+    LINEAR = 16  # 16 to 18: requests of single operations (wire/operations.py)
+    ATTEND = 17
+    WEIGHTS = 18
     READY = 257
     CLAIM = 258
     LOGITS = 259
@@ -57,6 +58,7 @@ class Mode(IntEnum):
 
     CLAIMS = 0
     LOGITS = 1
+    OPERATIONS = 2  # of a session: no STEP, single requests instead
 
 
 class AttentionCheck(IntEnum):
@@ -247,7 +249,7 @@ def decode_hello(payload: Buffer) -> Hello:
         raise BadRequest("HELLO has a bad session or model digest")
     if not isinstance(path, str) or len(path) > MAX_MODEL_PATH_CHARS or "\0" in path:
         raise BadRequest("HELLO has a bad model path")
-    if not isinstance(mode, str) or mode not in ("claims", "logits"):
+    if not isinstance(mode, str) or mode not in ("claims", "logits", "operations"):
         raise BadRequest("HELLO has an unknown mode")
     if not isinstance(limits, dict) or set(limits) != set(_LIMIT_NAMES):
         raise BadRequest("HELLO has other limits than those of this protocol")
