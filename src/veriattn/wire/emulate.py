@@ -27,14 +27,14 @@ _FLUSH_S = 5.0
 
 @dataclass(frozen=True, slots=True)
 class Throttle:
-    """gbps: 10^9 bits per second, each way. latency_us: one-way delay."""
+    """gb_per_s: 10^9 bytes per second, each way. latency_us: one-way delay."""
 
-    gbps: float
+    gb_per_s: float
     latency_us: float = 0.0
 
     def __post_init__(self) -> None:
-        if not 1e-4 <= self.gbps <= 1e5 or not 0 <= self.latency_us <= 1e6:
-            raise UsageError("an emulated link has 0.0001 to 100000 Gbit/s and a delay of 0 to 1000000 microseconds")
+        if not 1e-5 <= self.gb_per_s <= 1e4 or not 0 <= self.latency_us <= 1e6:
+            raise UsageError("an emulated link has 0.00001 to 10000 GB/s and a delay of 0 to 1000000 microseconds")
 
     @classmethod
     def parse(cls, text: str) -> Self:
@@ -42,12 +42,12 @@ class Throttle:
         try:
             return cls(*map(float, text.split(",", 1)))
         except ValueError as error:
-            raise UsageError(f"{text!r} is not GBPS[,LATENCY_US]", hint="for example --emulate-link 8,10") from error
+            raise UsageError(f"{text!r} is not GBPS[,LATENCY_US]", hint="gigabytes per second and microseconds, for example --emulate-link 15,5") from error
 
     @property
     def bytes_per_s(self) -> float:
         """Rate of one direction."""
-        return self.gbps * 1e9 / 8
+        return self.gb_per_s * 1e9
 
 
 class _Pipe:
