@@ -1,4 +1,4 @@
-"""The two operations of the forward pass as the verifier sees them: take a claim, check it, return the checked copy."""
+"""Checks of the two operations of the forward pass, and the flow of claims under `run-ahead`."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from veriattn.native import (
 )
 from veriattn.spec.forward import AttentionInput, Batch, BatchEntry
 from veriattn.spec.kv import PagedCache
-from veriattn.spec.model import ModelConfig, ModelTensors
-from veriattn.spec.reference import I8, I32, I64
+from veriattn.spec.model import ModelConfig
+from veriattn.spec.reference import F32, I8, I32, I64
 from veriattn.verifier.keys import REPETITIONS, U64, KeySet
 from veriattn.wire.channel import Channel
 from veriattn.wire.messages import AttentionCheck, Kind
@@ -87,128 +87,140 @@ class VerifiedCache:
         return sum(c.nbytes for c in self._layers) + sum(s.nbytes for layer in self._sums for s in layer.values())
 
 
-class CheckedOperations:
-    """`spec.forward.Operations` over a prover's claims. What is returned has been checked; the first mismatch raises.
+class ClaimChecker:
+    """Checks claims against the session's keys and the verifier's own operands. Raises on the first mismatch.
 
-    Trust: claims are adversarial and copied once into private memory; every other operand is the verifier's own.
+    Trust: claims are adversarial, in private memory already; every other operand is the verifier's own.
     Soundness: verifier/keys.py; derivation in docs/soundness.md.
     """
 
-    def __init__(
-        self,
-        tensors: ModelTensors,
-        keys: KeySet,
-        channel: Channel,
-        attention_check: AttentionCheck,
-        counts: CheckCounts,
+    def __init__(self, config: ModelConfig, keys: KeySet, track_scores: bool, counts: CheckCounts) -> None:
+        self.config, self.keys, self.counts = config, keys, counts
+        self.shapes = config.linear_shapes()
+        self.cache = VerifiedCache(config, keys, track_scores)
+        self._group = config.num_heads // config.num_kv_heads
+
+    def linear(self, name: str, a_i8: I8, claimed_i32: I32) -> I32:
+        """Check claimed == a @ W[name].T for every row; returns the claim, verified.
+
+        Shapes: a (tokens, in), claimed (tokens, out). Bounds: |claimed - y| < 2**32 < p.
+        Raises: FreivaldsMismatch naming the operation and the first wrong row.
+        Source: docs/spec.md section 3; Freivalds 1977; preprocessed as in Slalom (Tramer and Boneh 2019).
+        """
+        r, u = self.keys.linear(name)
+        ok = linear_check(claimed_i32, r, a_i8, u)
+        if not bool(np.all(ok)):
+            row = int(np.argmin(ok))
+            raise FreivaldsMismatch(f"{name}: the claimed product is wrong in row {row} of {len(ok)}", hint=_LYING)
+        self.counts.linear_rows += len(ok)
+        return claimed_i32
+
+    def append(self, layer: int, batch: Batch, x: AttentionInput) -> list[U64]:
+        """Add the batch's keys and values to the verifier's cache; returns each entry's challenge sum before it."""
+        return [
+            self.cache.append(layer, e, x.k_i8[rows], x.k_scale[rows], x.v_i8[rows])
+            for e, rows in zip(batch.entries, batch.slices(), strict=True)
+        ]
+
+    def expected_by_replay(self, layer: int, seq_id: int, start: int, q_i8: I8, q_scale: F32) -> tuple[I32, U64]:
+        """L and P.g of queries at positions start, start + 1, ... from the verifier's own scores.
+
+        Shapes: q (tokens, heads, d) -> (tokens, heads), (tokens, heads, 2).
+        """
+        cache = self.cache.layer(layer)
+        a = cache.arrays
+        return attention_replay(q_i8, q_scale, a["k"], a["k_scale"], a["g"], cache.table(seq_id), start)
+
+    def expected_by_transfer(
+        self, layer: int, seq_id: int, start: int, q_i8: I8, q_scale: F32, k_i8: I8, before: U64, claimed_scores: I32
+    ) -> tuple[I32, U64]:
+        """L and P.g from claimed scores, which are checked first.
+
+        Shapes: q (tokens, heads, d), k (tokens, kv_heads, d): the keys of the same tokens, before (kv_heads, 2, d): challenge
+        sum of the keys at positions < start, scores (heads, tokens, start + tokens). Bounds: |error| < 2**32 < p.
+        Raises: AttentionMismatch.
+        """
+        cache = self.cache.layer(layer)
+        a = cache.arrays
+        ok, row_sum, pg = attention_transfer(
+            claimed_scores, q_i8, q_scale, k_i8, before, self.keys.positions(start + q_i8.shape[0]),
+            a["k_scale"], a["g"], cache.table(seq_id), start,
+        )  # fmt: skip
+        if not bool(np.all(ok)):
+            row, head = (int(v) for v in np.argwhere(ok == 0)[0])
+            where = f"layers.{layer}.attention, sequence {seq_id}, position {start + row}, head {head}"
+            raise AttentionMismatch(f"{where}: the claimed scores are wrong", hint=_LYING)
+        return row_sum, pg
+
+    def outputs(
+        self, layer: int, seq_id: int, start: int, claimed_i64: I64, expected: U64, first_kv_head: int = 0
     ) -> None:
-        self._config = tensors.config
-        self._shapes = tensors.config.linear_shapes()
-        self._keys, self._channel, self._check, self.counts = keys, channel, attention_check, counts
-        self.cache = VerifiedCache(tensors.config, keys, attention_check is AttentionCheck.TRANSFER)
+        """Check O.w == P.g for every row and head.
+
+        Shapes: claimed (tokens, heads of some KV heads, d), expected (tokens, the same heads, 2).
+        Bounds: |O| < 2**39 is checked, so |error| < 2**40 < p. Raises: AttentionMismatch.
+        """
+        where = f"layers.{layer}.attention, sequence {seq_id}"
+        kv_heads = claimed_i64.shape[1] // self._group
+        got, in_range = project_outputs(claimed_i64, self.keys.attention(layer)[first_kv_head : first_kv_head + kv_heads])
+        if not in_range:
+            raise AttentionMismatch(f"{where}: a claimed output is 2**39 or larger", hint=_LYING)
+        ok = np.all(got == expected, axis=2)
+        if not bool(np.all(ok)):
+            row, head = (int(v) for v in np.argwhere(~ok)[0])
+            head += first_kv_head * self._group
+            raise AttentionMismatch(
+                f"{where}, position {start + row}, head {head}: the claimed output is wrong", hint=_LYING
+            )
+        self.counts.attention_rows += ok.size
+
+    def close(self) -> None:
+        """Drop all state that depends on secrets."""
+        for layer in range(self.config.num_layers):
+            for seq_id in self.cache.layer(layer).sequences():
+                self.cache.layer(layer).free(seq_id)
+
+
+class RunAheadOperations:
+    """`spec.forward.Operations` over the claims of a prover that runs ahead: take the next one, check it, return it.
+
+    Every shared byte is copied once into private memory; the copy is checked and the copy is used.
+    """
+
+    def __init__(self, checker: ClaimChecker, channel: Channel, attention_check: AttentionCheck) -> None:
+        self._checker, self._channel, self._check = checker, channel, attention_check
 
     def _receive(self, out: npt.NDArray[np.generic]) -> None:
         t = time.monotonic()
         self._channel.recv(Kind.CLAIM, out.nbytes, out)
-        self.counts.receive_s += time.monotonic() - t
+        self._checker.counts.receive_s += time.monotonic() - t
 
     def linear(self, name: str, a_i8: I8) -> I32:
-        """Check claimed == a @ W[name].T for every row.
-
-        Shapes: a (tokens, in) -> (tokens, out). Bounds: |claimed - y| < 2**32 < p.
-        Raises: FreivaldsMismatch naming the operation and the first wrong row; ProverFault and below.
-        Source: docs/spec.md section 3; Freivalds 1977; preprocessed as in Slalom (Tramer and Boneh 2019).
-        """
-        claimed_i32 = np.empty((a_i8.shape[0], self._shapes[name][0]), np.int32)
+        """See `Operations.linear`. Raises: FreivaldsMismatch; ProverFault and below."""
+        claimed_i32 = np.empty((a_i8.shape[0], self._checker.shapes[name][0]), np.int32)
         self._receive(claimed_i32)
-        r, u = self._keys.linear(name)
-        ok = linear_check(claimed_i32, r, a_i8, u)
-        if not bool(np.all(ok)):
-            row = int(np.argmin(ok))
-            raise FreivaldsMismatch(
-                f"{name}: the claimed product is wrong in row {row} of {len(ok)}",
-                hint=_LYING,
-            )
-        self.counts.linear_rows += len(ok)
-        return claimed_i32
+        return self._checker.linear(name, a_i8, claimed_i32)
 
     def attention(self, layer: int, batch: Batch, x: AttentionInput) -> tuple[I64, I32]:
-        """Check O == P V for every token and head, with P and L from the verifier's own queries and keys.
-
-        Replay recomputes scores; transfer takes claimed scores, checks them against sums of secretly weighted keys, and
-        uses them. Shapes: returns O (tokens, heads, d), L (tokens, heads). Bounds: |O| < 2**39 is checked, so |error| < p.
-        Raises: AttentionMismatch naming layer, sequence and position; ProverFault and below.
-        Source: docs/spec.md section 6; design of the checks in docs/soundness.md.
-        """
-        c = self._config
+        """See `Operations.attention`. Raises: AttentionMismatch; ProverFault and below."""
+        checker, c = self._checker, self._checker.config
         slices = batch.slices()
-        before = [
-            self.cache.append(layer, e, x.k_i8[rows], x.k_scale[rows], x.v_i8[rows])
-            for e, rows in zip(batch.entries, slices, strict=True)
-        ]
+        before = checker.append(layer, batch, x)
         expected, row_sums = [], []
         for entry, rows, c_before in zip(batch.entries, slices, before, strict=True):
+            q, q_scale, start = x.q_i8[rows], x.q_scale[rows], entry.start
             if self._check is AttentionCheck.TRANSFER:
-                row_sum, pg = self._transfer(layer, entry, x, rows, c_before)
+                claimed_scores = np.empty((c.num_heads, entry.num_tokens, start + entry.num_tokens), np.int32)
+                self._receive(claimed_scores)
+                row_sum, pg = checker.expected_by_transfer(
+                    layer, entry.seq_id, start, q, q_scale, x.k_i8[rows], c_before, claimed_scores
+                )
             else:
-                row_sum, pg = self._replay(layer, entry, x, rows)
+                row_sum, pg = checker.expected_by_replay(layer, entry.seq_id, start, q, q_scale)
             expected.append(pg)
             row_sums.append(row_sum)
         claimed_i64 = np.empty((batch.num_tokens, c.num_heads, c.head_dim), np.int64)
         self._receive(claimed_i64)
-        got, in_range = project_outputs(claimed_i64, self._keys.attention(layer))
-        if not in_range:
-            raise AttentionMismatch(f"layers.{layer}.attention: a claimed output is 2**39 or larger", hint=_LYING)
-        ok = np.all(got == np.concatenate(expected), axis=2)
-        if not bool(np.all(ok)):
-            row, head = (int(v) for v in np.argwhere(~ok)[0])
-            where = self._where(layer, batch, row)
-            raise AttentionMismatch(f"{where}, head {head}: the claimed output is wrong", hint=_LYING)
-        self.counts.attention_rows += ok.size
+        for entry, rows, pg in zip(batch.entries, slices, expected, strict=True):
+            checker.outputs(layer, entry.seq_id, entry.start, claimed_i64[rows], pg)
         return claimed_i64, np.concatenate(row_sums)
-
-    def _replay(self, layer: int, entry: BatchEntry, x: AttentionInput, rows: slice) -> tuple[I32, U64]:
-        cache = self.cache.layer(layer)
-        a = cache.arrays
-        row_sum, pg = attention_replay(
-            x.q_i8[rows], x.q_scale[rows], a["k"], a["k_scale"], a["g"], cache.table(entry.seq_id), entry.start
-        )
-        return row_sum, pg
-
-    def _transfer(
-        self, layer: int, entry: BatchEntry, x: AttentionInput, rows: slice, c_before: U64
-    ) -> tuple[I32, U64]:
-        n, start = entry.num_tokens, entry.start
-        claimed_scores = np.empty((self._config.num_heads, n, start + n), np.int32)
-        self._receive(claimed_scores)
-        cache = self.cache.layer(layer)
-        a = cache.arrays
-        ok, row_sum, pg = attention_transfer(
-            claimed_scores, x.q_i8[rows], x.q_scale[rows], x.k_i8[rows], c_before,
-            self._keys.positions(start + n), a["k_scale"], a["g"], cache.table(entry.seq_id), start,
-        )  # fmt: skip
-        if not bool(np.all(ok)):
-            row, head = (int(v) for v in np.argwhere(~ok.astype(bool))[0])
-            raise AttentionMismatch(
-                f"layers.{layer}.attention, sequence {entry.seq_id}, position {start + row}, head {head}: "
-                "the claimed scores are wrong",
-                hint=_LYING,
-            )
-        return row_sum, pg
-
-    @staticmethod
-    def _where(layer: int, batch: Batch, row: int) -> str:
-        for entry, rows in zip(batch.entries, batch.slices(), strict=True):
-            if rows.start <= row < rows.stop:
-                position = entry.start + row - rows.start
-                return f"layers.{layer}.attention, sequence {entry.seq_id}, position {position}"
-        return f"layers.{layer}.attention, row {row}"
-
-    def free(self, seq_id: int) -> None:
-        self.cache.free(seq_id)
-
-    def close(self) -> None:
-        """Drop all state that depends on secrets."""
-        for layer in range(self._config.num_layers):
-            for seq_id in self.cache.layer(layer).sequences():
-                self.cache.layer(layer).free(seq_id)

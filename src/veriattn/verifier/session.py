@@ -15,9 +15,9 @@ import numpy as np
 from veriattn.errors import InternalError, ProverFault, ProverUnavailable, UsageError, VeriattnError
 from veriattn.native import kernels
 from veriattn.spec.constants import SPEC_VERSION
-from veriattn.spec.forward import Batch, check_batch, forward
+from veriattn.spec.forward import Batch, Operations, check_batch, forward
 from veriattn.spec.reference import F32
-from veriattn.verifier.checks import CheckCounts, CheckedOperations
+from veriattn.verifier.checks import CheckCounts, ClaimChecker, RunAheadOperations
 from veriattn.verifier.isolation import Isolation, ProverProcess, spawn_prover
 from veriattn.verifier.keys import SOUNDNESS_BITS
 from veriattn.verifier.model import VerifierModel
@@ -153,7 +153,8 @@ class Session:
             vocab_size=model.tensors.config.vocab_size,
         )
         self._keys = model.take_keys() if verified else None
-        self._ops: CheckedOperations | None = None
+        self._checker: ClaimChecker | None = None
+        self._ops: Operations | None = None
         try:
             self._prover = launch(model)
         except VeriattnError:
@@ -166,9 +167,9 @@ class Session:
             self._fail(e)
             raise
         if self._keys is not None:
-            self._ops = CheckedOperations(
-                model.tensors, self._keys, self.channel, self.config.attention_check, self.stats.checks
-            )
+            transfer = self.config.attention_check is AttentionCheck.TRANSFER
+            self._checker = ClaimChecker(model.tensors.config, self._keys, transfer, self.stats.checks)
+            self._ops = RunAheadOperations(self._checker, self.channel, self.config.attention_check)
 
     @property
     def verified(self) -> bool:
@@ -265,8 +266,8 @@ class Session:
         """Forget a sequence on both sides. Raises: ProverFault and below."""
         if self._lengths.pop(seq_id, None) is None or self.closed:
             return
-        if self._ops is not None:
-            self._ops.free(seq_id)
+        if self._checker is not None:
+            self._checker.cache.free(seq_id)
         try:
             self.channel.send(Kind.FREE, encode_free([seq_id]))
         except VeriattnError as e:
@@ -288,8 +289,8 @@ class Session:
         if self._closed is None:
             self._closed = reason
             self._destroy_keys()
-            if self._ops is not None:
-                self._ops.close()
+            if self._checker is not None:
+                self._checker.close()
             if reason == "closed":
                 # A courtesy: a prover that cannot take it is ended all the same.
                 with suppress(VeriattnError):
