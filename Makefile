@@ -1,0 +1,75 @@
+# Everything goes into .venv (and .venv-torch): no sudo, nothing outside of this folder but $VERIATTN_HOME and pip's cache.
+# Useful settings: PYTHON=python3.12 (the interpreter to build with), EVAL_TEXT=FILE (for accept), PYTEST_ARGS="-k name".
+
+VENV ?= .venv
+VENV_TORCH ?= .venv-torch
+EVAL_TEXT ?= ../shared/data/wikitext-2/valid.txt
+FUZZ_SECONDS ?= 600
+PYTEST_ARGS ?=
+
+NATIVE_SOURCES := pyproject.toml CMakeLists.txt $(wildcard native/*)
+BIN := $(VENV)/bin
+# One test that hangs must not hang the rest; pytest's own closing lines stay the last ones printed.
+PYTEST := -m pytest -q --timeout 300 $(PYTEST_ARGS)
+
+.PHONY: help demo test test-torch accept lint format bench fuzz native clean
+.DELETE_ON_ERROR:
+
+help:
+	@echo 'make demo        fetch SmolLM2-135M, convert it, print a verified answer (a few minutes the first time)'
+	@echo 'make test        lint, types, import contracts and all tests that need neither torch nor a GPU'
+	@echo 'make test-torch  the tests against transformers, in an environment of their own (CPU build of torch)'
+	@echo 'make accept      the acceptance measurements (long; quality needs EVAL_TEXT)'
+	@echo 'make lint        ruff, mypy, import contracts        make format   let ruff rewrite'
+	@echo 'make bench       measurements on this machine        make fuzz     fuzz the codec for FUZZ_SECONDS'
+	@echo 'make native      build the native kernels in place   make clean    remove what was built here'
+
+$(VENV)/.base: $(NATIVE_SOURCES)
+	@sh tools/preflight.sh >/dev/null
+	@sh tools/env.sh $(VENV) base
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.base tools/extra.py
+	@sh tools/env.sh $(VENV) dev
+	@touch $@
+
+$(VENV_TORCH)/.torch: $(NATIVE_SOURCES) tools/extra.py
+	@sh tools/preflight.sh >/dev/null
+	@sh tools/env.sh $(VENV_TORCH) torch
+	@touch $@
+
+demo: $(VENV)/.base
+	@$(BIN)/python tools/check_demo.py
+
+lint: $(VENV)/.dev
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m mypy
+	PYTHONPATH=src $(BIN)/lint-imports --no-logo
+
+format: $(VENV)/.dev
+	$(BIN)/python -m ruff check --fix .
+	$(BIN)/python -m ruff format .
+
+test: lint
+	$(BIN)/python $(PYTEST) -m 'not accept' --ignore tests/torch tests
+
+test-torch: $(VENV_TORCH)/.torch
+	$(VENV_TORCH)/bin/python $(PYTEST) tests/torch
+
+accept: $(VENV)/.dev
+	EVAL_TEXT='$(EVAL_TEXT)' $(BIN)/python -m pytest -v -s --timeout 7200 $(PYTEST_ARGS) -m accept tests
+
+bench: $(VENV)/.dev
+	$(BIN)/python -m benchmarks
+
+fuzz: $(VENV)/.dev
+	FUZZ_SECONDS=$(FUZZ_SECONDS) $(BIN)/python -m pytest -q -s --timeout 0 $(PYTEST_ARGS) -m fuzz tests
+
+# For work on the kernels: the extension beside the sources, with PY's cmake, ninja and nanobind.
+PY ?= $(BIN)/python
+native: $(if $(filter $(BIN)/python,$(PY)),$(VENV)/.dev)
+	PATH="$(dir $(abspath $(PY))):$$PATH" $(PY) tools/build_native.py
+
+clean:
+	rm -rf $(VENV) $(VENV_TORCH) build dist src/veriattn/native/_native*.so

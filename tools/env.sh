@@ -1,0 +1,54 @@
+#!/bin/sh
+# Makes or completes a virtual environment: env.sh VENV base|dev|torch. Writes nowhere else; pip's own settings hold.
+set -eu
+
+venv=$1
+kind=$2
+here=$(dirname "$0")
+pip() { "$venv/bin/python" -m pip --disable-pip-version-check "$@"; }
+say() { echo "set-up: $*" >&2; }
+
+fresh() {
+    # A set-up that was killed leaves an environment that may not even start: it is made again.
+    if ! "$venv/bin/python" -c 'import pip' >/dev/null 2>&1; then
+        python=$(sh "$here/preflight.sh")
+        say "making $venv with $("$python" --version 2>&1)"
+        rm -rf "$venv"
+        "$python" -m venv "$venv"
+    fi
+}
+
+# CPU builds come first: the default on the public index brings gigabytes of GPU libraries.
+cpu_torch() {
+    want="torch==${TORCH_VERSION:-2.13.0}"
+    "$venv/bin/python" -c 'import torch' >/dev/null 2>&1 && return
+    say "installing $want (CPU build)"
+    pip install -q "$want+cpu" 2>/dev/null && return
+    pip install -q --retries 1 --timeout 20 --index-url https://download.pytorch.org/whl/cpu "$want" 2>/dev/null && return
+    say 'no CPU build within reach; taking the one that the index has'
+    pip install -q "$want"
+}
+
+fresh
+case $kind in
+    base)
+        say 'installing veriattn (this compiles its native kernels)'
+        pip install -q -e .
+        ;;
+    dev)
+        say 'installing the tools that the tests need'
+        # The extra's own requirements, so that nothing is compiled twice.
+        "$venv/bin/python" "$here/extra.py" dev >"$venv/dev.txt"
+        pip install -q -r "$venv/dev.txt"
+        ;;
+    torch)
+        cpu_torch
+        say 'installing veriattn and the tools that the tests need'
+        "$venv/bin/python" "$here/extra.py" dev test-torch >"$venv/dev.txt"
+        pip install -q -r "$venv/dev.txt" -e .
+        ;;
+    *)
+        echo "usage: $0 VENV base|dev|torch" >&2
+        exit 2
+        ;;
+esac
