@@ -64,7 +64,7 @@ bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks
 
 fuzz: $(VENV)/.dev
-	FUZZ_SECONDS=$(FUZZ_SECONDS) $(BIN)/python -m pytest -q -s --timeout 0 $(PYTEST_ARGS) -m fuzz tests
+	$(BIN)/python tools/fuzz_wire.py --seconds $(FUZZ_SECONDS)
 
 # For work on the kernels: the extension beside the sources, with PY's cmake, ninja and nanobind.
 PY ?= $(BIN)/python

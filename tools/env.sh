@@ -44,7 +44,7 @@ case $kind in
     torch)
         cpu_torch
         say 'installing veriattn and the tools that the tests need'
-        "$venv/bin/python" "$here/extra.py" dev test-torch >"$venv/dev.txt"
+        "$venv/bin/python" "$here/extra.py" dev torch-test >"$venv/dev.txt"
         pip install -q -r "$venv/dev.txt" -e .
         ;;
     *)

