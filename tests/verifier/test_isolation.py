@@ -1,4 +1,4 @@
-"""What a hostile prover can reach: tried for real, from a child of the verifier, beside a twin where the attack works."""
+"""What a hostile prover can reach: tried for real, from a child of the verifier, beside a twin where it works."""
 
 from __future__ import annotations
 
@@ -36,6 +36,7 @@ OPEN_PYTHON = next(
     ),
     sys.executable,
 )
+PYTHONPATH = os.pathsep.join(str(Path(module.__file__).parents[1]) for module in (veriattn, np))
 SECRET = b"challenge of this session"
 
 ATTACK = r"""
@@ -84,7 +85,8 @@ print(json.dumps(result), flush=True)
 INSPECT = r"""
 import json, os, resource, sys
 status = dict(line.split(":", 1) for line in open("/proc/self/status").read().splitlines())
-fds = {int(fd): os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd") if os.path.lexists(f"/proc/self/fd/{fd}")}
+names = [name for name in os.listdir("/proc/self/fd") if os.path.lexists(f"/proc/self/fd/{name}")]
+fds = {int(name): os.readlink(f"/proc/self/fd/{name}") for name in names}
 print("INSPECT", json.dumps({
     "fds": fds, "environment": dict(os.environ), "uid": os.getresuid(), "gid": os.getresgid(), "groups": os.getgroups(),
     "caps": [status[n].strip() for n in ("CapInh", "CapPrm", "CapEff", "CapAmb")], "nnp": status["NoNewPrivs"].strip(),
@@ -294,7 +296,9 @@ def test_prover_dies_with_the_verifier(drop_user: bool) -> None:
         "print(prover.pid, flush=True)\n"
         "time.sleep(100)\n"
     )
-    with subprocess.Popen([sys.executable, "-c", verifier, OPEN_PYTHON], stdout=subprocess.PIPE) as process:
+    environment = os.environ | {"PYTHONPATH": PYTHONPATH}
+    command = [sys.executable, "-c", verifier, OPEN_PYTHON]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment) as process:
         assert process.stdout is not None
         pid = int(process.stdout.readline())
         assert not gone(pid)
@@ -327,7 +331,7 @@ def test_a_prover_over_a_ring() -> None:
         "channel.recv_any(Limits(1, 1, 1, 1, 1))\n"
     )
     ours, theirs = socket.socketpair()
-    environment = {"PYTHONPATH": os.pathsep.join(str(Path(module.__file__).parents[1]) for module in (veriattn, np))}
+    environment = {"PYTHONPATH": PYTHONPATH}
     process = spawn_prover([sys.executable, "-c", script], theirs.fileno(), extra_environment=environment)
     theirs.close()
     try:

@@ -29,7 +29,7 @@ def steps(draw: st.DrawFn) -> wm.Step:
         entries.append(wm.StepEntry(seq_id, start, num_tokens, draw(st.sampled_from(wm.LogitRows))))
     total = sum(e.num_tokens for e in entries)
     ids = draw(st.lists(st.integers(0, LIMITS.vocab_size - 1), min_size=total, max_size=total))
-    mode, check = draw(st.sampled_from(wm.Mode)), draw(st.sampled_from(wm.AttentionCheck))
+    mode, check = draw(st.sampled_from([wm.Mode.CLAIMS, wm.Mode.LOGITS])), draw(st.sampled_from(wm.AttentionCheck))
     return wm.Step(draw(U64), mode, check, tuple(entries), np.array(ids, np.int32))
 
 

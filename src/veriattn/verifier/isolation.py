@@ -177,7 +177,8 @@ def spawn_prover(
 ) -> ProverProcess:
     """Harden this process, then start the prover with `control_fd` (which stays the caller's to close).
 
-    readable: what the prover must read (the model); if another user could not, it runs as this one, and `isolation` says so.
+    readable: what the prover must read (the model); if another user could not, it runs as this one, and `isolation`
+    says so.
     Raises: ProverUnavailable (no such program, not executable, start took too long).
     """
     if not command:

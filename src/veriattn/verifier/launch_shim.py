@@ -1,7 +1,8 @@
 """Runs between fork and the prover: gives up every privilege, reports what is in force, then executes the command.
 
-A program of its own (`python -I -S launch_shim.py ...`) because code between fork and exec of a process with threads is
-unsafe. Standard library only. Arguments: parent's pid, comma-separated user ids to try (or "-"), status descriptor, command.
+A program of its own (`python -I -S launch_shim.py ...`) because code between fork and exec of a process with threads
+is unsafe. Standard library only. Arguments: parent's pid, comma-separated user ids to try (or "-"), status descriptor,
+command.
 """
 
 import ctypes
@@ -67,7 +68,7 @@ def main(arguments: list[str]) -> int:
     os.write(status, json.dumps(report).encode() + b"\n")
     command = arguments[3:]
     try:
-        os.execvp(command[0], command)
+        os.execvp(command[0], command)  # noqa: S606 - the prover that the user named
     except OSError as error:
         os.write(status, f"{error.strerror}\n".encode())
     return 127

@@ -1,8 +1,8 @@
-"""A slower link than the one there is: `--emulate-link` for either transport, on the verifier's side. For measuring only.
+"""A slower link than there is: `--emulate-link` for either transport, on the verifier's side. For measuring only.
 
-Each direction is a pipe of fixed rate and delay with its own virtual clock: bytes start to cross when they were sent, or
-when the pipe is free, whichever is later, and may be used after their transfer time and the delay. Sending does not block
-(as with DMA); what arrived while the verifier was busy is not waited for again. Nothing about checks or sizes changes.
+Each direction is a pipe of fixed rate and delay with its own virtual clock: bytes start to cross when they were sent,
+or when the pipe is free, whichever is later, and may be used after transfer time and delay. Sending does not block (as
+with DMA); what arrived while the verifier was busy is not waited for again. Nothing about checks or sizes changes.
 """
 
 from __future__ import annotations

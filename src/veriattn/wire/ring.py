@@ -24,7 +24,7 @@ from veriattn.wire.transport import ControlLink, Role, poll_ms
 
 _native: ModuleType | None
 try:
-    from veriattn import native as _built
+    import veriattn.native as _built
 
     _native = _built
 except ImportError:  # an independent prover may use this package where the extension is not built
