@@ -50,11 +50,11 @@ def tcp_pair() -> tuple[socket.socket, socket.socket]:
 
 
 def open_slow_ring(sock: socket.socket) -> Channel:
-    return RingChannel.offer(sock, RingGeometry(4096, 2, 4), 5.0, Throttle(50, 20))
+    return RingChannel.offer(sock, RingGeometry(4096, 2, 4), 5.0, Throttle(6, 20))
 
 
 def open_slow_stream(sock: socket.socket) -> Channel:
-    return StreamChannel.offer(sock, 5.0, Throttle(50, 20))
+    return StreamChannel.offer(sock, 5.0, Throttle(6, 20))
 
 
 TRANSPORTS = {

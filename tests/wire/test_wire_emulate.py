@@ -17,7 +17,7 @@ from veriattn.wire.emulate import Throttle
 from veriattn.wire.messages import Kind, Limits
 from veriattn.wire.ring import RingGeometry
 
-SLOW = Throttle(0.08, 1000)  # 10 MB/s, 1 ms
+SLOW = Throttle(0.01, 1000)  # 10 MB/s, 1 ms
 LIMITS = Limits(64, 4, 1000, 4000, 500)
 
 
@@ -38,7 +38,7 @@ def pair(request: pytest.FixtureRequest) -> Iterator[tuple[Channel, Channel]]:
 
 
 def test_pipe_arithmetic() -> None:
-    pipe = emulate._Pipe(Throttle(8, 10))  # 1 GB/s, 10 us
+    pipe = emulate._Pipe(Throttle(1, 10))  # 1 GB/s, 10 us
     assert pipe.arrival(1_000_000, 5.0) == pytest.approx(5.001010)
     assert pipe.arrival(1_000_000, 5.0) == pytest.approx(5.002010)  # behind the first
     assert pipe.arrival(1_000_000, 9.0) == pytest.approx(9.001010)  # the pipe was idle
@@ -95,7 +95,7 @@ def test_a_link_too_slow_for_the_deadline(pair: tuple[Channel, Channel]) -> None
 
 def test_close_delivers_what_was_sent() -> None:
     ours, theirs = socket.socketpair()
-    verifier = RingChannel.offer(ours, RingGeometry(4096, 4, 4), 5.0, Throttle(0.001, 1_000_000))
+    verifier = RingChannel.offer(ours, RingGeometry(4096, 4, 4), 5.0, Throttle(0.0001, 1_000_000))
     with accept_channel(theirs) as prover:
         for kind in (Kind.HELLO, Kind.SHUTDOWN):
             verifier.send(kind)

@@ -42,7 +42,10 @@ class Throttle:
         try:
             return cls(*map(float, text.split(",", 1)))
         except ValueError as error:
-            raise UsageError(f"{text!r} is not GBPS[,LATENCY_US]", hint="gigabytes per second and microseconds, for example --emulate-link 15,5") from error
+            raise UsageError(
+                f"{text!r} is not GBPS[,LATENCY_US]",
+                hint="gigabytes per second and microseconds, for example --emulate-link 15,5",
+            ) from error
 
     @property
     def bytes_per_s(self) -> float:
