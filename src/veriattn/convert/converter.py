@@ -215,9 +215,7 @@ def _convert_layer(
     # The online transform before `down` is unnormalised: its inverse is the transform over block size.
     down = hadamard_normalised(down, block) * (1.0 / float(np.sqrt(np.float64(block))))
     down_q, down_scale = quantise_rows(_writing(down), pool)
-    head_norms = [
-        _snap(source.tensor(at + name)) if config.qk_norm else None for name in ("q_norm", "k_norm")
-    ]
+    head_norms = [_snap(source.tensor(at + name)) if config.qk_norm else None for name in ("q_norm", "k_norm")]
     layer = LayerTensors(
         qkv_scale=qkv_scale,
         o_scale=o_scale,

@@ -45,9 +45,7 @@ def _cos_sin(angle: Decimal, two_pi: Decimal) -> tuple[Decimal, Decimal]:
     return cos, sin
 
 
-def inverse_frequencies(
-    theta: float, rotary_dim: int, scaling: RopeScaling | None
-) -> list[Decimal]:
+def inverse_frequencies(theta: float, rotary_dim: int, scaling: RopeScaling | None) -> list[Decimal]:
     """theta**(-2i/r), with Llama 3 scaling or explicit divisors. Exact inputs, 40 digits."""
     with localcontext() as ctx:
         ctx.prec = _DIGITS

@@ -14,8 +14,10 @@ from veriattn.engine.text import IncrementalDecoder, StopMatcher, TextCodec
 from veriattn.errors import ProverTimeout, ProverUnavailable, UsageError, VeriattnError
 from veriattn.spec.forward import Batch
 from veriattn.spec.sampler import SamplingParams, logprobs, sample
+from veriattn.verifier.mediated import Tiling
 from veriattn.verifier.model import VerifierModel
 from veriattn.verifier.session import ChildProver, Launcher, Prover, SessionConfig
+from veriattn.wire.emulate import Throttle
 from veriattn.wire.messages import AttentionCheck
 
 
@@ -32,6 +34,8 @@ class EngineConfig:
     max_sequences: int = 64
     kv_tokens: int = 1 << 18
     attention_check: AttentionCheck = AttentionCheck.REPLAY
+    tiling: Tiling | None = None
+    emulate_link: Throttle | None = None
     prover_command: tuple[str, ...] | None = None
     prover_threads: int | None = None
     start_timeout_s: float = 600.0
@@ -115,7 +119,12 @@ class Engine:
     """
 
     def __init__(
-        self, model: str | Path, config: EngineConfig | None = None, *, launch: Launcher | None = None, on_bytes: Any = None
+        self,
+        model: str | Path,
+        config: EngineConfig | None = None,
+        *,
+        launch: Launcher | None = None,
+        on_bytes: Any = None,
     ) -> None:
         self.config = config or EngineConfig()
         c = self.config
@@ -124,6 +133,7 @@ class Engine:
             max_sequences=c.max_sequences,
             kv_tokens=c.kv_tokens,
             attention_check=c.attention_check,
+            tiling=c.tiling,
             start_timeout_s=c.start_timeout_s,
             step_timeout_s=c.step_timeout_s,
         )
@@ -149,7 +159,7 @@ class Engine:
 
     def _launch(self, model: VerifierModel) -> Prover:
         c = self.config
-        return ChildProver(model, c.prover_command, c.prover_threads, c.step_timeout_s)
+        return ChildProver(model, c.prover_command, c.prover_threads, c.step_timeout_s, c.emulate_link)
 
     @property
     def guarantee(self) -> str:

@@ -17,13 +17,15 @@ from veriattn.spec.local import LocalOperations
 from veriattn.spec.modelfile import Manifest, ModelDirectory, TensorCollector
 from veriattn.spec.reference import F32
 from veriattn.verifier.model import VerifierModel
-from veriattn.verifier.session import Launcher, Session, SessionConfig
+from veriattn.verifier.session import Flow, Launcher, Session, SessionConfig
 
-Strategy = Literal["run-ahead", "full-tee", "dangerous-unverified"]
+Strategy = Literal["run-ahead", "veriattn", "tsdp", "full-tee", "dangerous-unverified"]
 STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
 
 GUARANTEES: dict[Strategy, str] = {
     "run-ahead": "exact",
+    "veriattn": "exact",
+    "tsdp": "exact",
     "full-tee": "trusted-compute",
     "dangerous-unverified": "none",
 }
@@ -89,9 +91,7 @@ class FullTeeExecutor:
     def __init__(self, weights: TeeWeights, kv_tokens: int, max_sequences: int) -> None:
         self._weights = weights
         max_pages = -(-kv_tokens // 256) + max_sequences
-        self._ops = LocalOperations(
-            weights.tensors.config, weights.packed.__getitem__, kernels, max_pages=max_pages
-        )
+        self._ops = LocalOperations(weights.tensors.config, weights.packed.__getitem__, kernels, max_pages=max_pages)
         self._cpu_s = 0.0
 
     def run(self, batch: Batch) -> F32:
@@ -141,7 +141,7 @@ class TeeWeights:
 
 
 class SessionExecutor:
-    """`run-ahead`: a session whose prover computes everything and whose verifier replays behind it."""
+    """Every strategy with a prover: a session, whose flow says who asks and who runs ahead."""
 
     def __init__(self, session: Session) -> None:
         self.session = session
@@ -204,11 +204,11 @@ def load(
             lambda: FullTeeExecutor(weights, config.kv_tokens, config.max_sequences),
         )
     model = VerifierModel(path, expected_digest=expected_digest, on_bytes=on_bytes)
-    verified = strategy != "dangerous-unverified"
+    flow = Flow(strategy)
     return LoadedModel(
         strategy,
         model.manifest,
         model.tokenizer_json,
         model.chat_template,
-        lambda: SessionExecutor(Session(model, launch, config, verified=verified)),
+        lambda: SessionExecutor(Session(model, launch, config, flow)),
     )

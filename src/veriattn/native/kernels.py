@@ -20,7 +20,7 @@ from veriattn.errors import ConfigError, InternalError, NumericsError
 from veriattn.native import _native
 from veriattn.spec.constants import query_scale_constant
 from veriattn.spec.field import U8, U64
-from veriattn.spec.reference import F32, I8, I32, I64
+from veriattn.spec.reference import F32, I8, I32, I64, attention_weights_paged, weighted_values
 
 #: Python 3.11 has no name for what supports the buffer protocol.
 WritableBuffer = memoryview | bytearray | npt.NDArray[np.generic] | mmap

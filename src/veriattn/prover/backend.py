@@ -7,7 +7,9 @@ from typing import Any, Protocol
 import numpy as np
 
 from veriattn.spec.forward import Batch
+from veriattn.spec.model import ModelConfig
 from veriattn.wire.messages import AttentionCheck
+from veriattn.wire.operations import AttendRequest, LinearRequest, WeightsRequest
 
 Array = np.ndarray[Any, Any]
 
@@ -21,12 +23,28 @@ class ClaimSink(Protocol):
 
 
 class Backend(Protocol):
-    """Runs the canonical forward pass and owns the weights and the KV cache."""
+    """Runs the canonical forward pass, or single operations of it, and owns the weights and the KV cache."""
 
     device: str
+    config: ModelConfig
 
-    def step(self, batch: Batch, check: AttentionCheck, sink: ClaimSink | None) -> np.ndarray[Any, np.dtype[np.float32]]:
+    def step(
+        self, batch: Batch, check: AttentionCheck, sink: ClaimSink | None
+    ) -> np.ndarray[Any, np.dtype[np.float32]]:
         """One step. With a sink, every claim goes there as soon as it is known. Returns logits for the rows asked for."""
+        ...
+
+    def linear(self, request: LinearRequest, sink: ClaimSink) -> None:
+        """One linear of the verifier's activations; claims the int32 product (rows, out)."""
+        ...
+
+    def attend(self, request: AttendRequest, sink: ClaimSink) -> None:
+        """Append keys and values; per run and tile of rows claim scores i32 (heads, rows, keys so far) and/or outputs
+        i64 (rows, heads, d), as the request's reply says."""
+        ...
+
+    def weights(self, request: WeightsRequest, sink: ClaimSink) -> None:
+        """Claim O = P V, i64 (rows, heads, d), of given attention weights."""
         ...
 
     def length(self, seq_id: int) -> int:

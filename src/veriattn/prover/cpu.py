@@ -14,7 +14,8 @@ from veriattn.spec.forward import AttentionInput, Batch, check_batch, forward
 from veriattn.spec.local import LocalOperations
 from veriattn.spec.modelfile import ModelDirectory, TensorCollector
 from veriattn.spec.reference import F32, I8, I32, I64
-from veriattn.wire.messages import AttentionCheck
+from veriattn.wire.messages import AttentionCheck, BadRequest
+from veriattn.wire.operations import AttendRequest, LinearRequest, Reply, WeightsRequest, row_tiles
 
 
 class _ClaimingOperations:
@@ -32,7 +33,7 @@ class _ClaimingOperations:
         o, row_sum = self._local.attention(layer, batch, x)
         if self._check is AttentionCheck.TRANSFER:
             for entry, rows in zip(batch.entries, batch.slices(), strict=True):
-                scores = self._local.scores(layer, entry.seq_id, x.q_i8[rows])
+                scores = self._local.scores(layer, entry.seq_id, x.q_i8[rows], entry.start + entry.num_tokens)
                 self._sink.claim(f"layers.{layer}.scores.{entry.seq_id}", scores)
         self._sink.claim(f"layers.{layer}.attention", o)
         return o, row_sum
@@ -68,8 +69,10 @@ class CpuBackend:
             matrix[first : first + chunk.shape[0]] = chunk
             if first + chunk.shape[0] == shape[0]:
                 packed[name[: -len(".weight")]] = kernels.pack(matrix)
+        self.config = model.config
         self.tensors = collector.tensors()
         self._kernels = kernels
+        self._linear_names = list(model.config.linear_shapes())
         # Pages are per sequence: each may leave one partly filled.
         max_pages = -(-kv_tokens // 256) + max_sequences
         self.operations = LocalOperations(model.config, packed.__getitem__, kernels, max_pages=max_pages)
@@ -79,6 +82,41 @@ class CpuBackend:
         check_batch(self.tensors, batch, [self.length(e.seq_id) for e in batch.entries])
         ops = self.operations if sink is None else _ClaimingOperations(self.operations, check, sink)
         return forward(self.tensors, batch, ops, self._kernels)
+
+    def linear(self, request: LinearRequest, sink: ClaimSink) -> None:
+        """See `Backend.linear`."""
+        name = self._linear_names[request.index]
+        sink.claim(name, self.operations.linear(name, request.a_i8))
+
+    def attend(self, request: AttendRequest, sink: ClaimSink) -> None:
+        """See `Backend.attend`. Raises: BadRequest for runs that do not continue their sequence."""
+        r, local = request, self.operations
+        kv_heads = range(r.first_kv_head, r.first_kv_head + r.num_kv_heads)
+        row = 0
+        for run in r.runs:
+            rows = slice(row, row + run.num_tokens)
+            row = rows.stop
+            expected = run.start if r.first_kv_head == 0 else run.start + run.num_tokens
+            if local.layer_length(r.layer, run.seq_id) != expected:
+                raise BadRequest(f"sequence {run.seq_id} does not continue at {run.start} in layer {r.layer}")
+            local.append(r.layer, run.seq_id, run.start, kv_heads, r.k_i8[rows], r.k_scale[rows], r.v_i8[rows])
+            q, q_scale = r.q_i8[rows], r.q_scale[rows]
+            for tile in row_tiles(run.num_tokens, r.row_tile):
+                name = f"layers.{r.layer}.{{}}.{run.seq_id}.{r.first_kv_head}.{tile.start}"
+                if r.reply is not Reply.OUTPUTS:
+                    keys = run.start + tile.stop
+                    sink.claim(name.format("scores"), local.scores(r.layer, run.seq_id, q[tile], keys, kv_heads))
+                if r.reply is not Reply.SCORES:
+                    start = run.start + tile.start
+                    o, _ = local.attend(r.layer, run.seq_id, start, kv_heads, q[tile], q_scale[tile])
+                    sink.claim(name.format("attention"), o)
+
+    def weights(self, request: WeightsRequest, sink: ClaimSink) -> None:
+        """See `Backend.weights`. Raises: BadRequest for more keys than there are."""
+        if request.p_u16.shape[2] > self.operations.layer_length(request.layer, request.seq_id):
+            raise BadRequest(f"sequence {request.seq_id} has fewer keys in layer {request.layer}")
+        o = self.operations.weighted_values(request.layer, request.seq_id, request.p_u16)
+        sink.claim(f"layers.{request.layer}.attention.{request.seq_id}", o)
 
     def length(self, seq_id: int) -> int:
         return self.operations.length(seq_id)

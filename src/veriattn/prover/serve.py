@@ -31,6 +31,7 @@ from veriattn.wire.messages import (
     encode_error,
     encode_ready,
 )
+from veriattn.wire.operations import decode_attend, decode_linear, decode_weights, max_request_bytes
 
 _LOGIT_ROWS = {LogitRows.NONE: "none", LogitRows.LAST: "last", LogitRows.ALL: "all"}
 
@@ -81,19 +82,27 @@ def serve(
         backend = make_backend(hello)
         channel.send(Kind.READY, encode_ready(Ready(os.getpid(), hello.protocol, SPEC_VERSION, backend.device)))
         sink = make_sink(channel)
+        limits, config = hello.limits, backend.config
+        operation_bytes = max_request_bytes(config, limits) if hello.mode is Mode.OPERATIONS else 0
         while True:
-            kind, payload = channel.recv_any(hello.limits)
-            if kind is Kind.STEP:
-                step = decode_step(payload, hello.limits)
-                batch = batch_of(step)
-                logits = backend.step(batch, step.attention_check, sink if step.mode is Mode.CLAIMS else None)
+            kind, payload = channel.recv_any(limits, operation_bytes=operation_bytes)
+            if kind is Kind.SHUTDOWN:
+                return
+            if kind is Kind.FREE:
+                for seq_id in decode_free(payload, limits):
+                    backend.free(seq_id)
+            elif hello.mode is Mode.OPERATIONS and kind is Kind.LINEAR:
+                backend.linear(decode_linear(payload, config, limits), sink)
+            elif hello.mode is Mode.OPERATIONS and kind is Kind.ATTEND:
+                backend.attend(decode_attend(payload, config, limits), sink)
+            elif hello.mode is Mode.OPERATIONS and kind is Kind.WEIGHTS:
+                backend.weights(decode_weights(payload, config, limits), sink)
+            elif hello.mode is not Mode.OPERATIONS and kind is Kind.STEP:
+                step = decode_step(payload, limits)
+                claims = sink if step.mode is Mode.CLAIMS else None
+                logits = backend.step(batch_of(step), step.attention_check, claims)
                 if step.mode is Mode.LOGITS and logits.size:
                     channel.send(Kind.LOGITS, logits)
-            elif kind is Kind.FREE:
-                for seq_id in decode_free(payload, hello.limits):
-                    backend.free(seq_id)
-            elif kind is Kind.SHUTDOWN:
-                return
             else:
                 raise BadRequest(f"{kind.name} is not expected here")
     except VerifierGone:

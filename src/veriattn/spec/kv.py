@@ -62,9 +62,7 @@ class PagedCache:
         """The same memory seen as (pages * kv_heads, 1, PAGE, *tail): kernels then work on one KV head, nothing is copied."""
         return {name: a.reshape(-1, 1, *a.shape[2:]) for name, a in self.arrays.items()}
 
-    def write(
-        self, seq_id: int, start: int, heads: slice = slice(None), **values: np.ndarray[Any, Any]
-    ) -> None:
+    def write(self, seq_id: int, start: int, heads: slice = slice(None), **values: np.ndarray[Any, Any]) -> None:
         """Store per-key values of some KV heads, each (tokens, heads, *tail), at positions start, start + 1, ..."""
         table = self._tables[seq_id]
         for name, value in values.items():

@@ -7,13 +7,13 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from veriattn.spec import reference
 from veriattn.spec.forward import AttentionInput, Batch
 from veriattn.spec.kv import PagedCache, attention_cache
 from veriattn.spec.model import ModelConfig
-from veriattn.spec.reference import I8, I32, I64
-
+from veriattn.spec.reference import F32, I8, I32, I64
 
 
 class LocalOperations:
@@ -53,32 +53,64 @@ class LocalOperations:
             a = cache.arrays
             table = cache.table(entry.seq_id)
             parts.append(
-                self._kernels.attention(
-                    x.q_i8[rows], x.q_scale[rows], a["k"], a["k_scale"], a["v"], table, entry.start
-                )
+                self._kernels.attention(x.q_i8[rows], x.q_scale[rows], a["k"], a["k_scale"], a["v"], table, entry.start)
             )
         if len(parts) == 1:
             o, row_sum = parts[0]
             return o, row_sum
         return np.concatenate([o for o, _ in parts]), np.concatenate([s for _, s in parts])
 
-    def scores(self, layer: int, seq_id: int, q_i8: I8) -> I32:
-        """Exact q.k of one run's queries with every cached key of its sequence, for the transfer check.
+    def append(self, layer: int, seq_id: int, start: int, kv_heads: range, k_i8: I8, k_scale: F32, v_i8: I8) -> None:
+        """Store a run's keys and values for some KV heads; those of a layer come in ascending order."""
+        cache = self._caches[layer]
+        if kv_heads.start == 0:
+            cache.extend(seq_id, k_i8.shape[0])
+        heads = slice(kv_heads.start, kv_heads.stop)
+        cache.write(seq_id, start, heads, k=k_i8, k_scale=k_scale, v=v_i8)
 
-        Shapes: q (tokens, heads, d) -> (heads, tokens, keys). Keys that a query does not see are there all the same.
+    def attend(self, layer: int, seq_id: int, start: int, kv_heads: range, q_i8: I8, q_scale: F32) -> tuple[I64, I32]:
+        """Attention of queries at positions start, start + 1, ... over keys that are in the cache, for some KV heads.
+
+        Shapes: q (tokens, heads of `kv_heads`, d) -> O (tokens, heads, d), L (tokens, heads).
         """
-        k = self._caches[layer].gather(seq_id, "k")
+        cache, group = self._caches[layer], self._config.num_heads // self._config.num_kv_heads
+        a, parts = cache.head_arrays(), []
+        for i, kv in enumerate(kv_heads):
+            heads = slice(i * group, (i + 1) * group)
+            q, scale = np.ascontiguousarray(q_i8[:, heads]), np.ascontiguousarray(q_scale[:, heads])
+            table = cache.head_table(seq_id, kv)
+            parts.append(self._kernels.attention(q, scale, a["k"], a["k_scale"], a["v"], table, start))
+        return np.concatenate([o for o, _ in parts], axis=1), np.concatenate([s for _, s in parts], axis=1)
+
+    def scores(self, layer: int, seq_id: int, q_i8: I8, keys: int, kv_heads: range | None = None) -> I32:
+        """Exact q.k of queries with the first `keys` cached keys of a sequence.
+
+        Shapes: q (tokens, heads of `kv_heads`, d) -> (heads, tokens, keys), whether a query sees a key or not.
+        """
+        kv_heads = kv_heads or range(self._config.num_kv_heads)
+        k = self._caches[layer].gather(seq_id, "k")[:keys]
         group = self._config.num_heads // self._config.num_kv_heads
         return np.stack(
             [
-                self._kernels.gemm_i8(np.ascontiguousarray(q_i8[:, h]), np.ascontiguousarray(k[:, h // group]))
-                for h in range(self._config.num_heads)
+                self._kernels.gemm_i8(np.ascontiguousarray(q_i8[:, i * group + j]), np.ascontiguousarray(k[:, kv]))
+                for i, kv in enumerate(kv_heads)
+                for j in range(group)
             ]
         )
+
+    def weighted_values(self, layer: int, seq_id: int, p_u16: npt.NDArray[np.uint16]) -> I64:
+        """O = P V. Shapes: P (heads, tokens, keys) -> (tokens, heads, d)."""
+        cache = self._caches[layer]
+        o: I64 = self._kernels.weighted_values(p_u16, cache.arrays["v"], cache.table(seq_id))
+        return o
 
     def length(self, seq_id: int) -> int:
         """Cached tokens of a sequence."""
         return self._caches[-1].length(seq_id)
+
+    def layer_length(self, layer: int, seq_id: int) -> int:
+        """Cached tokens of a sequence in one layer; layers differ in the middle of a step."""
+        return self._caches[layer].length(seq_id)
 
     def free(self, seq_id: int) -> None:
         """Forget a sequence; its pages are zeroed."""

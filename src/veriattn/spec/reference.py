@@ -210,9 +210,7 @@ def causal_mask(num_queries: int, start: int, num_keys: int) -> npt.NDArray[np.b
     return np.arange(num_keys)[None, :] <= (start + np.arange(num_queries))[:, None]
 
 
-def attention_contiguous(
-    q_i8: I8, q_scale: F32, k_i8: I8, k_scale: F32, v_i8: I8, start: int
-) -> tuple[I64, I32]:
+def attention_contiguous(q_i8: I8, q_scale: F32, k_i8: I8, k_scale: F32, v_i8: I8, start: int) -> tuple[I64, I32]:
     """Causal attention of one sequence, grouped heads, keys in one piece.
 
     Shapes: q (tokens, heads, d), q_scale (tokens, heads), k and v (keys, kv_heads, d), k_scale (keys, kv_heads) with
@@ -256,6 +254,29 @@ def attention(
         gather_pages(v_pages, block_table, keys),
         start,
     )
+
+
+def attention_weights_paged(
+    scores_i32: I32, q_scale: F32, k_scale_pages: F32, block_table: I32, start: int
+) -> npt.NDArray[np.uint16]:
+    """P of one run from its scores, all heads. Shapes: scores (heads, tokens, keys), q_scale (tokens, heads) -> (heads,
+    tokens, keys) uint16, 0 where a key is not visible."""
+    heads, tokens, keys = scores_i32.shape
+    k_scale = gather_pages(k_scale_pages, block_table, keys)
+    group = heads // k_scale.shape[1]
+    visible = causal_mask(tokens, start, keys)
+    out = np.empty(scores_i32.shape, np.uint16)
+    for h in range(heads):
+        out[h] = attention_weights(scores_i32[h], q_scale[:, h], k_scale[:, h // group], visible)[0]
+    return out
+
+
+def weighted_values(p_u16: npt.NDArray[np.uint16], v_pages: I8, block_table: I32) -> I64:
+    """O = P V of one run. Shapes: P (heads, tokens, keys), v_pages (pages, kv_heads, page, d) -> (tokens, heads, d) int64."""
+    heads, _, keys = p_u16.shape
+    v = gather_pages(v_pages, block_table, keys).astype(np.float64)
+    group = heads // v.shape[1]
+    return np.stack([p_u16[h].astype(np.float64) @ v[:, h // group] for h in range(heads)], axis=1).astype(np.int64)
 
 
 def attention_epilogue(o_i64: I64, l_i32: I32, v_scale: F32) -> tuple[I8, F32]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -87,6 +89,14 @@ class VerifiedCache:
         return sum(c.nbytes for c in self._layers) + sum(s.nbytes for layer in self._sums for s in layer.values())
 
 
+def _part(x: np.ndarray[Any, Any], heads: slice) -> np.ndarray[Any, Any]:
+    return np.ascontiguousarray(x[:, heads])
+
+
+def _join(parts: list[np.ndarray[Any, Any]]) -> np.ndarray[Any, Any]:
+    return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
+
+
 class ClaimChecker:
     """Checks claims against the session's keys and the verifier's own operands. Raises on the first mismatch.
 
@@ -122,35 +132,64 @@ class ClaimChecker:
             for e, rows in zip(batch.entries, batch.slices(), strict=True)
         ]
 
-    def expected_by_replay(self, layer: int, seq_id: int, start: int, q_i8: I8, q_scale: F32) -> tuple[I32, U64]:
+    def expected_by_replay(
+        self, layer: int, seq_id: int, start: int, q_i8: I8, q_scale: F32, kv_heads: range | None = None
+    ) -> tuple[I32, U64]:
         """L and P.g of queries at positions start, start + 1, ... from the verifier's own scores.
 
-        Shapes: q (tokens, heads, d) -> (tokens, heads), (tokens, heads, 2).
+        Shapes: q (tokens, heads of `kv_heads`, d) -> (tokens, heads), (tokens, heads, 2). Default: all KV heads.
         """
-        cache = self.cache.layer(layer)
-        a = cache.arrays
-        return attention_replay(q_i8, q_scale, a["k"], a["k_scale"], a["g"], cache.table(seq_id), start)
+        parts = []
+        for heads, a, table in self._views(layer, seq_id, kv_heads):
+            parts.append(
+                attention_replay(_part(q_i8, heads), _part(q_scale, heads), a["k"], a["k_scale"], a["g"], table, start)
+            )
+        return _join([p[0] for p in parts]), _join([p[1] for p in parts])
 
     def expected_by_transfer(
-        self, layer: int, seq_id: int, start: int, q_i8: I8, q_scale: F32, k_i8: I8, before: U64, claimed_scores: I32
+        self,
+        layer: int,
+        seq_id: int,
+        start: int,
+        q_i8: I8,
+        q_scale: F32,
+        k_i8: I8,
+        before: U64,
+        claimed_scores: I32,
+        kv_heads: range | None = None,
     ) -> tuple[I32, U64]:
         """L and P.g from claimed scores, which are checked first.
 
-        Shapes: q (tokens, heads, d), k (tokens, kv_heads, d): the keys of the same tokens, before (kv_heads, 2, d): challenge
-        sum of the keys at positions < start, scores (heads, tokens, start + tokens). Bounds: |error| < 2**32 < p.
-        Raises: AttentionMismatch.
+        Shapes: q (tokens, heads, d), k (tokens, n, d): the keys of the same tokens, before (n, 2, d): challenge sum of the
+        keys at positions < start, scores (heads, tokens, start + tokens); heads and n are those of `kv_heads`, default all.
+        Bounds: |error| < 2**32 < p. Raises: AttentionMismatch.
         """
+        parts = []
+        for heads, a, table in self._views(layer, seq_id, kv_heads):
+            kv = slice(None) if heads == slice(None) else slice(heads.start // self._group, heads.stop // self._group)
+            ok, row_sum, pg = attention_transfer(
+                claimed_scores[heads], _part(q_i8, heads), _part(q_scale, heads), _part(k_i8, kv),
+                before[kv], self.keys.positions(start + q_i8.shape[0]), a["k_scale"], a["g"], table, start,
+            )  # fmt: skip
+            if not bool(np.all(ok)):
+                row, head = (int(v) for v in np.argwhere(ok == 0)[0])
+                head += (heads.start or 0) + (kv_heads.start if kv_heads else 0) * self._group
+                where = f"layers.{layer}.attention, sequence {seq_id}, position {start + row}, head {head}"
+                raise AttentionMismatch(f"{where}: the claimed scores are wrong", hint=_LYING)
+            parts.append((row_sum, pg))
+        return _join([p[0] for p in parts]), _join([p[1] for p in parts])
+
+    def _views(
+        self, layer: int, seq_id: int, kv_heads: range | None
+    ) -> Iterator[tuple[slice, dict[str, np.ndarray[Any, Any]], npt.NDArray[np.int32]]]:
+        """Cache arrays and block tables that cover `kv_heads`, each with its heads relative to the first of them."""
         cache = self.cache.layer(layer)
-        a = cache.arrays
-        ok, row_sum, pg = attention_transfer(
-            claimed_scores, q_i8, q_scale, k_i8, before, self.keys.positions(start + q_i8.shape[0]),
-            a["k_scale"], a["g"], cache.table(seq_id), start,
-        )  # fmt: skip
-        if not bool(np.all(ok)):
-            row, head = (int(v) for v in np.argwhere(ok == 0)[0])
-            where = f"layers.{layer}.attention, sequence {seq_id}, position {start + row}, head {head}"
-            raise AttentionMismatch(f"{where}: the claimed scores are wrong", hint=_LYING)
-        return row_sum, pg
+        if kv_heads is None or len(kv_heads) == self.config.num_kv_heads:
+            yield slice(None), cache.arrays, cache.table(seq_id)
+            return
+        arrays = cache.head_arrays()
+        for i, kv in enumerate(kv_heads):
+            yield slice(i * self._group, (i + 1) * self._group), arrays, cache.head_table(seq_id, kv)
 
     def outputs(
         self, layer: int, seq_id: int, start: int, claimed_i64: I64, expected: U64, first_kv_head: int = 0
@@ -162,7 +201,9 @@ class ClaimChecker:
         """
         where = f"layers.{layer}.attention, sequence {seq_id}"
         kv_heads = claimed_i64.shape[1] // self._group
-        got, in_range = project_outputs(claimed_i64, self.keys.attention(layer)[first_kv_head : first_kv_head + kv_heads])
+        got, in_range = project_outputs(
+            claimed_i64, self.keys.attention(layer)[first_kv_head : first_kv_head + kv_heads]
+        )
         if not in_range:
             raise AttentionMismatch(f"{where}: a claimed output is 2**39 or larger", hint=_LYING)
         ok = np.all(got == expected, axis=2)

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Protocol
 
 import numpy as np
@@ -19,9 +20,11 @@ from veriattn.spec.forward import Batch, Operations, check_batch, forward
 from veriattn.spec.reference import F32
 from veriattn.verifier.checks import CheckCounts, ClaimChecker, RunAheadOperations
 from veriattn.verifier.isolation import Isolation, ProverProcess, spawn_prover
-from veriattn.verifier.keys import SOUNDNESS_BITS
+from veriattn.verifier.keys import SOUNDNESS_BITS, KeySet
+from veriattn.verifier.mediated import Tiling, TsdpOperations, VeriattnOperations
 from veriattn.verifier.model import VerifierModel
 from veriattn.wire.channel import Channel, RingChannel
+from veriattn.wire.emulate import Throttle
 from veriattn.wire.messages import (
     READY_BYTES,
     AttentionCheck,
@@ -42,14 +45,31 @@ from veriattn.wire.messages import (
 _LOGIT_ROWS = {"none": LogitRows.NONE, "last": LogitRows.LAST, "all": LogitRows.ALL}
 
 
+class Flow(Enum):
+    """How work and claims move between the two sides; docs/architecture.md."""
+
+    RUN_AHEAD = "run-ahead"
+    VERIATTN = "veriattn"
+    TSDP = "tsdp"
+    UNVERIFIED = "dangerous-unverified"
+
+    @property
+    def mode(self) -> Mode:
+        """The session's mode on the wire."""
+        if self is Flow.UNVERIFIED:
+            return Mode.LOGITS
+        return Mode.CLAIMS if self is Flow.RUN_AHEAD else Mode.OPERATIONS
+
+
 @dataclass(frozen=True)
 class SessionConfig:
-    """What a session may use. Times in seconds."""
+    """What a session may use. Times in seconds. tiling: None for the paper's defaults by length (`veriattn` only)."""
 
     max_tokens_per_step: int = 512
     max_sequences: int = 64
     kv_tokens: int = 1 << 20
     attention_check: AttentionCheck = AttentionCheck.REPLAY
+    tiling: Tiling | None = None
     start_timeout_s: float = 600.0
     step_timeout_s: float = 300.0
 
@@ -77,7 +97,12 @@ class ChildProver:
     """A prover started as a child process, linked by rings in a sealed memfd."""
 
     def __init__(
-        self, model: VerifierModel, command: Sequence[str] | None = None, threads: int | None = None, timeout_s: float = 300.0
+        self,
+        model: VerifierModel,
+        command: Sequence[str] | None = None,
+        threads: int | None = None,
+        timeout_s: float = 300.0,
+        throttle: Throttle | None = None,
     ) -> None:
         """Raises: ProverUnavailable."""
         command = command or (sys.executable, "-m", "veriattn.prover")
@@ -95,7 +120,7 @@ class ChildProver:
         self.isolation: Isolation | None = self._process.isolation
         self.pid: int | None = self._process.pid
         try:
-            self.channel: Channel = RingChannel.offer(ours, timeout_s=timeout_s)
+            self.channel: Channel = RingChannel.offer(ours, timeout_s=timeout_s, throttle=throttle)
         except VeriattnError:
             ours.close()
             self._process.terminate(0.0)
@@ -134,9 +159,9 @@ class Session:
     """
 
     def __init__(
-        self, model: VerifierModel, launch: Launcher, config: SessionConfig | None = None, *, verified: bool = True
+        self, model: VerifierModel, launch: Launcher, config: SessionConfig | None = None, flow: Flow = Flow.RUN_AHEAD
     ) -> None:
-        """Start a prover. With `verified=False` it answers with logits that nobody checks (`dangerous-unverified`).
+        """Start a prover. With `Flow.UNVERIFIED` it answers with logits that nobody checks.
 
         Raises: ProverFault and below; ModelError when fresh keys need the weights and they have changed.
         """
@@ -152,9 +177,11 @@ class Session:
             kv_tokens=self.config.kv_tokens,
             vocab_size=model.tensors.config.vocab_size,
         )
-        self._keys = model.take_keys() if verified else None
+        self.flow = flow
+        self._keys = None if flow is Flow.UNVERIFIED else model.take_keys()
         self._checker: ClaimChecker | None = None
         self._ops: Operations | None = None
+        self._end_operations: Callable[[], None] = lambda: None
         try:
             self._prover = launch(model)
         except VeriattnError:
@@ -162,14 +189,24 @@ class Session:
             raise
         self.channel = self._prover.channel
         try:
-            self.ready = self._greet(Mode.CLAIMS if verified else Mode.LOGITS)
+            self.ready = self._greet(flow.mode)
         except VeriattnError as e:
             self._fail(e)
             raise
         if self._keys is not None:
-            transfer = self.config.attention_check is AttentionCheck.TRANSFER
-            self._checker = ClaimChecker(model.tensors.config, self._keys, transfer, self.stats.checks)
-            self._ops = RunAheadOperations(self._checker, self.channel, self.config.attention_check)
+            self._checker, self._ops = self._operations(self._keys)
+
+    def _operations(self, keys: KeySet) -> tuple[ClaimChecker, Operations]:
+        check = self.config.attention_check
+        track_scores = check is AttentionCheck.TRANSFER or self.flow is Flow.TSDP
+        checker = ClaimChecker(self.model.tensors.config, keys, track_scores, self.stats.checks)
+        if self.flow is Flow.TSDP:
+            return checker, TsdpOperations(checker, self.channel)
+        if self.flow is Flow.VERIATTN:
+            mediated = VeriattnOperations(checker, self.channel, check, self.config.tiling)
+            self._end_operations = mediated.close
+            return checker, mediated
+        return checker, RunAheadOperations(checker, self.channel, check)
 
     @property
     def verified(self) -> bool:
@@ -216,7 +253,9 @@ class Session:
             raise UsageError(f"more than {self.config.max_sequences} sequences at a time")
         cpu = time.process_time()
         try:
-            self._send_step(batch)
+            self.channel.timeout_s = self.config.step_timeout_s
+            if self.flow.mode is not Mode.OPERATIONS:
+                self._send_step(batch)
             logits = self._replay(batch) if self._ops is not None else self._take_logits(batch)
         except VeriattnError as e:
             self._fail(e)
@@ -239,12 +278,11 @@ class Session:
     def _send_step(self, batch: Batch) -> None:
         step = Step(
             step=self.stats.steps,
-            mode=Mode.CLAIMS if self.verified else Mode.LOGITS,
+            mode=self.flow.mode,
             attention_check=self.config.attention_check,
             entries=tuple(StepEntry(e.seq_id, e.start, e.num_tokens, _LOGIT_ROWS[e.logits]) for e in batch.entries),
             token_ids_i32=batch.token_ids(),
         )
-        self.channel.timeout_s = self.config.step_timeout_s
         self.channel.send(Kind.STEP, encode_step(step))
 
     def _replay(self, batch: Batch) -> F32:
@@ -295,6 +333,9 @@ class Session:
                 # A courtesy: a prover that cannot take it is ended all the same.
                 with suppress(VeriattnError):
                     self.channel.send(Kind.SHUTDOWN, timeout_s=1.0)
+            # The sending thread, if there is one, must let go of the channel before it is closed.
+            self.channel.abort()
+            self._end_operations()
             self._prover.terminate()
 
     def _destroy_keys(self) -> None:

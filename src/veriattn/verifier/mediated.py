@@ -1,0 +1,253 @@
+"""The TEE-mediated flows: `veriattn` (the paper's two-level pipeline) and `tsdp` (one operation after the other)."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from veriattn.errors import VeriattnError
+from veriattn.native import key_projection
+from veriattn.native.kernels import attention_weights_paged
+from veriattn.spec.forward import AttentionInput, Batch
+from veriattn.spec.reference import I8, I32, I64
+from veriattn.verifier.checks import ClaimChecker
+from veriattn.wire.channel import Channel
+from veriattn.wire.messages import AttentionCheck, Buffer, Kind
+from veriattn.wire.operations import (
+    AttendRequest,
+    LinearRequest,
+    Reply,
+    Run,
+    WeightsRequest,
+    encode_attend,
+    encode_linear,
+    encode_weights,
+    row_tiles,
+)
+
+#: Rows of a linear that travel together under the pipeline: large enough for the matrix kernels, small enough to overlap.
+_LINEAR_TILE_ROWS = 128
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """Level 1: head blocks per layer. Level 2: row tiles per head block. `pipeline` off means one of each, in turn."""
+
+    head_blocks: int
+    row_tiles: int
+    pipeline: bool = True
+
+    @classmethod
+    def for_length(cls, tokens: int) -> Tiling:
+        """The paper's defaults: (2, 16) to 1k tokens, (4, 32) to 3k, (8, 32) above."""
+        if tokens <= 1024:
+            return cls(2, 16)
+        return cls(4, 32) if tokens <= 3072 else cls(8, 32)
+
+    def kv_blocks(self, kv_heads: int) -> list[range]:
+        """KV heads of each block; as even as they go."""
+        blocks = min(self.head_blocks, kv_heads) if self.pipeline else 1
+        edges = [kv_heads * i // blocks for i in range(blocks + 1)]
+        return [range(a, b) for a, b in zip(edges, edges[1:], strict=False)]
+
+    def tile_rows(self, tokens: int) -> int:
+        """Rows of a tile."""
+        return -(-tokens // self.row_tiles) if self.pipeline else tokens
+
+
+class _Sender:
+    """Sends on a thread of its own, so that requests are under way while claims are taken.
+
+    A channel allows one sender beside one receiver. An error is kept and raised in `flush`; the receiving side meets the
+    broken link by itself.
+    """
+
+    def __init__(self, channel: Channel) -> None:
+        self._channel = channel
+        self._queue: queue.SimpleQueue[tuple[Kind, list[Buffer]] | threading.Event | None] = queue.SimpleQueue()
+        self._error: VeriattnError | None = None
+        self._thread = threading.Thread(target=self._run, name="veriattn-sender", daemon=True)
+        self._thread.start()
+
+    def send(self, kind: Kind, parts: list[Buffer]) -> None:
+        self._queue.put((kind, parts))
+
+    def flush(self) -> None:
+        """Wait until everything has been handed to the link. Raises: what sending raised."""
+        done = threading.Event()
+        self._queue.put(done)
+        done.wait()
+        if self._error is not None:
+            raise self._error
+
+    def close(self) -> None:
+        self._queue.put(None)
+        self._thread.join()
+
+    def _run(self) -> None:
+        while (item := self._queue.get()) is not None:
+            if isinstance(item, threading.Event):
+                item.set()
+            elif self._error is None:
+                try:
+                    self._channel.send(item[0], *item[1])
+                except VeriattnError as e:
+                    self._error = e
+
+
+class _Mediated:
+    """What both flows share: requests out, claims in, linears."""
+
+    def __init__(self, checker: ClaimChecker, channel: Channel) -> None:
+        self._checker, self._channel = checker, channel
+        self._index = {name: i for i, name in enumerate(checker.shapes)}
+
+    def _receive(self, shape: tuple[int, ...], dtype: type[np.generic]) -> npt.NDArray[np.generic]:
+        t = time.monotonic()
+        out: npt.NDArray[np.generic] = np.empty(shape, dtype)
+        self._channel.recv(Kind.CLAIM, out.nbytes, out)
+        self._checker.counts.receive_s += time.monotonic() - t
+        return out
+
+    def _request_linear(self, name: str, a_i8: I8) -> list[Buffer]:
+        return encode_linear(LinearRequest(self._index[name], a_i8))
+
+
+class TsdpOperations(_Mediated):
+    """The published baseline: linears, q.k and p.v on the prover, softmax here, strictly one after the other.
+
+    Scores and outputs are checked; attention weights are the verifier's own and travel back. Raises: as `ClaimChecker`.
+    """
+
+    def linear(self, name: str, a_i8: I8) -> I32:
+        """See `Operations.linear`."""
+        self._channel.send(Kind.LINEAR, *self._request_linear(name, a_i8))
+        claimed = self._receive((a_i8.shape[0], self._checker.shapes[name][0]), np.int32)
+        return self._checker.linear(name, a_i8, claimed)
+
+    def attention(self, layer: int, batch: Batch, x: AttentionInput) -> tuple[I64, I32]:
+        """See `Operations.attention`."""
+        checker, c = self._checker, self._checker.config
+        before = checker.append(layer, batch, x)
+        runs = tuple(Run(e.seq_id, e.start, e.num_tokens) for e in batch.entries)
+        request = AttendRequest(
+            layer, 0, c.num_kv_heads, Reply.SCORES, batch.num_tokens, runs, x.q_i8, x.q_scale, x.k_i8, x.k_scale, x.v_i8
+        )
+        self._channel.send(Kind.ATTEND, *encode_attend(request))
+        cache = checker.cache.layer(layer)
+        outputs, row_sums, checked = [], [], []
+        for run, rows, c_before in zip(runs, batch.slices(), before, strict=True):
+            keys = run.start + run.num_tokens
+            scores = self._receive((c.num_heads, run.num_tokens, keys), np.int32)
+            q, q_scale = x.q_i8[rows], x.q_scale[rows]
+            row_sum, pg = checker.expected_by_transfer(
+                layer, run.seq_id, run.start, q, q_scale, x.k_i8[rows], c_before, scores
+            )
+            p_u16 = attention_weights_paged(
+                scores, q_scale, cache.arrays["k_scale"], cache.table(run.seq_id), run.start
+            )
+            row_sums.append(row_sum)
+            checked.append((run, pg, p_u16))
+        for run, pg, p_u16 in checked:
+            self._channel.send(Kind.WEIGHTS, *encode_weights(WeightsRequest(layer, run.seq_id, p_u16)))
+            claimed = self._receive((run.num_tokens, c.num_heads, c.head_dim), np.int64)
+            checker.outputs(layer, run.seq_id, run.start, claimed, pg)
+            outputs.append(claimed)
+        return np.concatenate(outputs), np.concatenate(row_sums)
+
+    def close(self) -> None:
+        """Nothing to end."""
+
+
+class VeriattnOperations(_Mediated):
+    """The paper's workflow: all of attention on the prover, in head blocks and row tiles that overlap.
+
+    While this side checks tile j of block b, the prover computes tile j + 1 and block b + 1 is already on its way to it.
+    Raises: as `ClaimChecker`.
+    """
+
+    def __init__(
+        self, checker: ClaimChecker, channel: Channel, attention_check: AttentionCheck, tiling: Tiling | None
+    ) -> None:
+        super().__init__(checker, channel)
+        self._check, self._tiling = attention_check, tiling
+        self._sender = _Sender(channel)
+
+    def linear(self, name: str, a_i8: I8) -> I32:
+        """See `Operations.linear`. Rows travel in tiles, so that checking one overlaps with computing the next."""
+        pipeline = self._tiling is None or self._tiling.pipeline
+        tiles = row_tiles(a_i8.shape[0], _LINEAR_TILE_ROWS if pipeline else a_i8.shape[0])
+        for tile in tiles:
+            self._sender.send(Kind.LINEAR, self._request_linear(name, a_i8[tile]))
+        verified = np.empty((a_i8.shape[0], self._checker.shapes[name][0]), np.int32)
+        for tile in tiles:
+            claimed = verified[tile]
+            t = time.monotonic()
+            self._channel.recv(Kind.CLAIM, claimed.nbytes, claimed)
+            self._checker.counts.receive_s += time.monotonic() - t
+            self._checker.linear(name, a_i8[tile], claimed)
+        self._sender.flush()
+        return verified
+
+    def attention(self, layer: int, batch: Batch, x: AttentionInput) -> tuple[I64, I32]:
+        """See `Operations.attention`."""
+        checker, c = self._checker, self._checker.config
+        group = c.num_heads // c.num_kv_heads
+        longest = max(e.start + e.num_tokens for e in batch.entries)
+        tiling = self._tiling or Tiling.for_length(longest)
+        blocks = tiling.kv_blocks(c.num_kv_heads)
+        tile_rows = tiling.tile_rows(max(e.num_tokens for e in batch.entries))
+        transfer = self._check is AttentionCheck.TRANSFER
+        runs = tuple(Run(e.seq_id, e.start, e.num_tokens) for e in batch.entries)
+        before = checker.append(layer, batch, x)
+        outputs = np.empty((batch.num_tokens, c.num_heads, c.head_dim), np.int64)
+        row_sums = np.empty((batch.num_tokens, c.num_heads), np.int32)
+
+        def request(kv: range) -> None:
+            heads, kvs = slice(kv.start * group, kv.stop * group), slice(kv.start, kv.stop)
+            reply = Reply.SCORES_AND_OUTPUTS if transfer else Reply.OUTPUTS
+            block = AttendRequest(
+                layer, kv.start, len(kv), reply, tile_rows, runs,
+                *(np.ascontiguousarray(a[:, h]) for a, h in (
+                    (x.q_i8, heads), (x.q_scale, heads), (x.k_i8, kvs), (x.k_scale, kvs), (x.v_i8, kvs)
+                )),
+            )  # fmt: skip
+            self._sender.send(Kind.ATTEND, encode_attend(block))
+
+        request(blocks[0])
+        for b, kv in enumerate(blocks):
+            if tiling.pipeline and b + 1 < len(blocks):
+                request(blocks[b + 1])
+            heads, kvs = slice(kv.start * group, kv.stop * group), slice(kv.start, kv.stop)
+            for run, rows, c_before in zip(runs, batch.slices(), before, strict=True):
+                sums = np.ascontiguousarray(c_before[kvs]) if transfer else c_before
+                for tile in row_tiles(run.num_tokens, tile_rows):
+                    at = slice(rows.start + tile.start, rows.start + tile.stop)
+                    start = run.start + tile.start
+                    q, q_scale = x.q_i8[at, heads], x.q_scale[at, heads]
+                    if transfer:
+                        k = np.ascontiguousarray(x.k_i8[at, kvs])
+                        shape = (q.shape[1], q.shape[0], start + q.shape[0])
+                        scores = self._receive(shape, np.int32)
+                        row_sum, pg = checker.expected_by_transfer(
+                            layer, run.seq_id, start, q, q_scale, k, sums, scores, kv
+                        )
+                        key_projection(k, checker.keys.positions(start + q.shape[0]), start, sums)
+                    else:
+                        row_sum, pg = checker.expected_by_replay(layer, run.seq_id, start, q, q_scale, kv)
+                    claimed = self._receive((q.shape[0], q.shape[1], c.head_dim), np.int64)
+                    checker.outputs(layer, run.seq_id, start, claimed, pg, kv.start)
+                    outputs[at, heads], row_sums[at, heads] = claimed, row_sum
+            if not tiling.pipeline and b + 1 < len(blocks):
+                request(blocks[b + 1])
+        self._sender.flush()
+        return outputs, row_sums
+
+    def close(self) -> None:
+        """End the sending thread; the channel must be closed or idle."""
+        self._sender.close()
