@@ -1,0 +1,1 @@
+"""OpenAI-compatible HTTP server over the engine: requests, batching thread, faults, keys, metrics, a page."""
