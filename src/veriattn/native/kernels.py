@@ -18,9 +18,10 @@ import numpy.typing as npt
 
 from veriattn.errors import ConfigError, InternalError, NumericsError
 from veriattn.native import _native
+from veriattn.spec import reference
 from veriattn.spec.constants import query_scale_constant
 from veriattn.spec.field import U8, U64
-from veriattn.spec.reference import F32, I8, I32, I64, attention_weights_paged, weighted_values
+from veriattn.spec.reference import F32, I8, I32, I64
 
 #: Python 3.11 has no name for what supports the buffer protocol.
 WritableBuffer = memoryview | bytearray | npt.NDArray[np.generic] | mmap
@@ -330,3 +331,8 @@ def set_threads(n: int) -> None:
 def get_threads() -> int:
     """Threads that one call may use; by default the CPUs that this process may run on."""
     return _native.get_threads()
+
+
+# Not native yet: the baseline `tsdp` alone uses them.
+attention_weights_paged = reference.attention_weights_paged
+weighted_values = reference.weighted_values

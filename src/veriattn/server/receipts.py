@@ -32,8 +32,8 @@ class ReceiptService(Protocol):
         request_bytes, response_bytes: the raw bodies; of a stream, all of its framing.
         event: `receipt_id`, `chat_id`, `api_key_id` (whom it may be given to), `request_id`, `endpoint`, `nonce` (the client's,
         or None), `served_at` (Unix seconds), `gpu_verified` (the check's own event), `not_verified` (list of names),
-        `model` {name, digest, spec_version}, `sampling` (effective parameters with seed), `choices` (prompt and output token ids of
-        each), `config_digest`. Values are strings, integers, lists and objects; numbers with a fraction come as strings.
+        `model` {name, digest, spec_version}, `sampling` (effective parameters with seed), `choices` (prompt and output
+        token ids of each), `config_digest`. Values are strings, integers, lists and objects; numbers with a fraction come as strings.
         """
         ...
 

@@ -239,7 +239,7 @@ class ModelDirectory:
         for first in range(0, shape[0], rows_per_chunk):
             rows = min(rows_per_chunk, shape[0] - first)
             chunk = np.empty((rows, *shape[1:]), dtype)
-            view = memoryview(chunk).cast("B")
+            view = memoryview(chunk.data).cast("B")
             got = 0
             while got < len(view):
                 n = f.readinto(view[got:])  # type: ignore[attr-defined]

@@ -82,7 +82,8 @@ def absmax(x: F32) -> F32:
             "an activation is not finite or is 2**40 or larger",
             hint="the model does not fit the canonical numerics; convert it again and look at its quality report",
         )
-    return np.maximum(m, ABSMAX_FLOOR)
+    floored: F32 = np.maximum(m, ABSMAX_FLOOR)
+    return floored
 
 
 def _round_i8(x: F32) -> I8:

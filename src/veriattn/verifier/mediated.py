@@ -6,6 +6,8 @@ import queue
 import threading
 import time
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +32,8 @@ from veriattn.wire.operations import (
     row_tiles,
 )
 
+_Integer = TypeVar("_Integer", np.int32, np.int64)
+
 #: Rows of a linear that travel together under the pipeline: large enough for the matrix kernels, small enough to overlap.
 _LINEAR_TILE_ROWS = 128
 
@@ -53,7 +57,7 @@ class Tiling:
         """KV heads of each block; as even as they go."""
         blocks = min(self.head_blocks, kv_heads) if self.pipeline else 1
         edges = [kv_heads * i // blocks for i in range(blocks + 1)]
-        return [range(a, b) for a, b in zip(edges, edges[1:], strict=False)]
+        return [range(a, b) for a, b in pairwise(edges)]
 
     def tile_rows(self, tokens: int) -> int:
         """Rows of a tile."""
@@ -107,9 +111,8 @@ class _Mediated:
         self._checker, self._channel = checker, channel
         self._index = {name: i for i, name in enumerate(checker.shapes)}
 
-    def _receive(self, shape: tuple[int, ...], dtype: type[np.generic]) -> npt.NDArray[np.generic]:
+    def _receive(self, out: npt.NDArray[_Integer]) -> npt.NDArray[_Integer]:
         t = time.monotonic()
-        out: npt.NDArray[np.generic] = np.empty(shape, dtype)
         self._channel.recv(Kind.CLAIM, out.nbytes, out)
         self._checker.counts.receive_s += time.monotonic() - t
         return out
@@ -127,7 +130,7 @@ class TsdpOperations(_Mediated):
     def linear(self, name: str, a_i8: I8) -> I32:
         """See `Operations.linear`."""
         self._channel.send(Kind.LINEAR, *self._request_linear(name, a_i8))
-        claimed = self._receive((a_i8.shape[0], self._checker.shapes[name][0]), np.int32)
+        claimed = self._receive(np.empty((a_i8.shape[0], self._checker.shapes[name][0]), np.int32))
         return self._checker.linear(name, a_i8, claimed)
 
     def attention(self, layer: int, batch: Batch, x: AttentionInput) -> tuple[I64, I32]:
@@ -143,7 +146,7 @@ class TsdpOperations(_Mediated):
         outputs, row_sums, checked = [], [], []
         for run, rows, c_before in zip(runs, batch.slices(), before, strict=True):
             keys = run.start + run.num_tokens
-            scores = self._receive((c.num_heads, run.num_tokens, keys), np.int32)
+            scores = self._receive(np.empty((c.num_heads, run.num_tokens, keys), np.int32))
             q, q_scale = x.q_i8[rows], x.q_scale[rows]
             row_sum, pg = checker.expected_by_transfer(
                 layer, run.seq_id, run.start, q, q_scale, x.k_i8[rows], c_before, scores
@@ -155,7 +158,7 @@ class TsdpOperations(_Mediated):
             checked.append((run, pg, p_u16))
         for run, pg, p_u16 in checked:
             self._channel.send(Kind.WEIGHTS, *encode_weights(WeightsRequest(layer, run.seq_id, p_u16)))
-            claimed = self._receive((run.num_tokens, c.num_heads, c.head_dim), np.int64)
+            claimed = self._receive(np.empty((run.num_tokens, c.num_heads, c.head_dim), np.int64))
             checker.outputs(layer, run.seq_id, run.start, claimed, pg)
             outputs.append(claimed)
         return np.concatenate(outputs), np.concatenate(row_sums)
@@ -186,11 +189,7 @@ class VeriattnOperations(_Mediated):
             self._sender.send(Kind.LINEAR, self._request_linear(name, a_i8[tile]))
         verified = np.empty((a_i8.shape[0], self._checker.shapes[name][0]), np.int32)
         for tile in tiles:
-            claimed = verified[tile]
-            t = time.monotonic()
-            self._channel.recv(Kind.CLAIM, claimed.nbytes, claimed)
-            self._checker.counts.receive_s += time.monotonic() - t
-            self._checker.linear(name, a_i8[tile], claimed)
+            self._checker.linear(name, a_i8[tile], self._receive(verified[tile]))
         self._sender.flush()
         return verified
 
@@ -212,11 +211,18 @@ class VeriattnOperations(_Mediated):
             heads, kvs = slice(kv.start * group, kv.stop * group), slice(kv.start, kv.stop)
             reply = Reply.SCORES_AND_OUTPUTS if transfer else Reply.OUTPUTS
             block = AttendRequest(
-                layer, kv.start, len(kv), reply, tile_rows, runs,
-                *(np.ascontiguousarray(a[:, h]) for a, h in (
-                    (x.q_i8, heads), (x.q_scale, heads), (x.k_i8, kvs), (x.k_scale, kvs), (x.v_i8, kvs)
-                )),
-            )  # fmt: skip
+                layer,
+                kv.start,
+                len(kv),
+                reply,
+                tile_rows,
+                runs,
+                np.ascontiguousarray(x.q_i8[:, heads]),
+                np.ascontiguousarray(x.q_scale[:, heads]),
+                np.ascontiguousarray(x.k_i8[:, kvs]),
+                np.ascontiguousarray(x.k_scale[:, kvs]),
+                np.ascontiguousarray(x.v_i8[:, kvs]),
+            )
             self._sender.send(Kind.ATTEND, encode_attend(block))
 
         request(blocks[0])
@@ -233,14 +239,14 @@ class VeriattnOperations(_Mediated):
                     if transfer:
                         k = np.ascontiguousarray(x.k_i8[at, kvs])
                         shape = (q.shape[1], q.shape[0], start + q.shape[0])
-                        scores = self._receive(shape, np.int32)
+                        scores = self._receive(np.empty(shape, np.int32))
                         row_sum, pg = checker.expected_by_transfer(
                             layer, run.seq_id, start, q, q_scale, k, sums, scores, kv
                         )
                         key_projection(k, checker.keys.positions(start + q.shape[0]), start, sums)
                     else:
                         row_sum, pg = checker.expected_by_replay(layer, run.seq_id, start, q, q_scale, kv)
-                    claimed = self._receive((q.shape[0], q.shape[1], c.head_dim), np.int64)
+                    claimed = self._receive(np.empty((*q.shape[:2], c.head_dim), np.int64))
                     checker.outputs(layer, run.seq_id, start, claimed, pg, kv.start)
                     outputs[at, heads], row_sums[at, heads] = claimed, row_sum
             if not tiling.pipeline and b + 1 < len(blocks):

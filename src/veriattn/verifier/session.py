@@ -264,8 +264,8 @@ class Session:
             # An interrupt in the middle of a message leaves the streams out of step; a bug leaves anything.
             self.close(f"interrupted by {type(e).__name__}")
             raise
-        for e in batch.entries:
-            self._lengths[e.seq_id] = e.start + e.num_tokens
+        for entry in batch.entries:
+            self._lengths[entry.seq_id] = entry.start + entry.num_tokens
         cpu = time.process_time() - cpu
         self.stats.steps += 1
         self.stats.verify_cpu_s += cpu

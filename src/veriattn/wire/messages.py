@@ -86,14 +86,14 @@ class ErrorCode(IntEnum):
     UNSUPPORTED = 5
 
 
-class BadRequest(VeriattnError):  # noqa: N818 - named like the others of the tree
+class BadRequest(VeriattnError):
     """Prover side: a message that does not follow the wire format or the limits agreed in HELLO."""
 
     code = "bad_request"
     exit_code = EXIT_VERIFICATION
 
 
-class VerifierGone(VeriattnError):  # noqa: N818
+class VerifierGone(VeriattnError):
     """Prover side: the verifier closed its link or died; the prover ends."""
 
     code = "verifier_gone"

@@ -1,4 +1,4 @@
-"""Messages of the TEE-mediated strategies, in which the verifier asks for one operation at a time (docs/wire.md section 7)."""
+"""Messages of the TEE-mediated strategies, which ask for one operation at a time (docs/wire.md section 7)."""
 
 from __future__ import annotations
 
