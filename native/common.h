@@ -155,6 +155,7 @@ void* scratch(Slot slot, size_t bytes);
 extern const Kernels portable_kernels;
 #if VA_X86
 extern const Kernels avx2_kernels;
+extern const Kernels avx512_kernels;
 #endif
 
 static inline i64 min64(i64 a, i64 b) { return a < b ? a : b; }

@@ -59,6 +59,9 @@ std::vector<Isa> probe() {
 #if VA_X86
     const Features& f = features();
     if (f.os_avx && f.avx2) found.push_back({"avx2", &avx2_kernels});
+    if (found.size() == 2 && f.os_avx512 && f.avx512f && f.avx512bw && f.avx512dq && f.avx512vl && f.avx512_vnni &&
+        f.avx512_ifma)
+        found.push_back({"avx512", &avx512_kernels});
 #endif
     return found;
 }

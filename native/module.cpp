@@ -27,11 +27,10 @@ void require(bool ok, const char* what) {
     if (!ok) throw std::invalid_argument(what);
 }
 
-// Rows per task so that a task is neither tiny nor all there is.
+// Rows per task: enough tasks to even out, none so small that handing it out costs more than it does.
 i64 rows_per_task(i64 rows, i64 row_cost) {
-    i64 most = 1 + 40000 / (row_cost + 1);
-    i64 even = (rows + 4 * get_threads() - 1) / (4 * get_threads());
-    return even < 1 ? 1 : (even > most && most > 0 ? most : even);
+    const i64 even = (rows + 4 * get_threads() - 1) / (4 * get_threads()), least = 1 + 20000 / (row_cost + 1);
+    return even > least ? even : least;
 }
 
 template <class F>

@@ -1,0 +1,73 @@
+// Shared by the AVX-512 files, which are built for F, BW, DQ, VL, VNNI and IFMA (Ice Lake, Zen 4 and later).
+#pragma once
+#include <immintrin.h>
+
+#include "common.h"
+
+// Loops over registers: left rolled, their arrays would live in memory.
+#define VA_UNROLL _Pragma("GCC unroll 32")
+
+namespace va {
+namespace avx512 {
+
+void gemm(const uint8_t* packed, i64 n, i64 k, const int8_t* a, i64 m, i64 n0, i64 n1, int32_t* y);
+size_t prepare_bytes(const AttentionArgs& s);
+void prepare(const AttentionArgs& s, i64 kv, i64 p0, i64 p1);
+i64 tile_queries(const AttentionArgs& s);
+void attention(const AttentionArgs& s, i64 kv, i64 i0, i64 i1);
+void transfer(const TransferArgs& s, i64 kv);
+void dot_i32(const int32_t* y, i64 n, const uint64_t* r, i64 t0, i64 t1, int32_t* copy, uint64_t* out);
+void dot_i8(const int8_t* a, i64 stride, i64 k, const uint64_t* u, i64 t0, i64 t1, uint64_t* out, i64 out_stride);
+bool dot_i64(const int64_t* o, i64 stride, i64 k, const uint64_t* u, i64 t0, i64 t1, uint64_t* out, i64 out_stride);
+void project(const int8_t* w, i64 n, i64 k, const uint64_t* r, i64 reps, i64 k0, i64 k1, uint64_t* u);
+
+// One load of a claim, never repeated by the compiler: its memory may be shared with the claim's maker.
+static inline __m512i load_once(const int32_t* p) {
+    __m512i x;
+    asm volatile("vmovdqu32 %1, %0" : "=v"(x) : "m"(*(const int32_t(*)[16])p));
+    return x;
+}
+
+static inline __m512i load_once(const int32_t* p, __mmask16 mask) {
+    __m512i x;
+    asm volatile("vmovdqu32 %1, %0%{%2%}%{z%}" : "=v"(x) : "m"(*(const int32_t(*)[16])p), "Yk"(mask));
+    return x;
+}
+
+// Multiply-accumulates in inline assembly: GCC 12 spills half of a register tile around the intrinsics.
+static inline __m512i dp_bytes(__m512i acc, __m512i u8, __m512i s8) {
+    asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(u8), "v"(s8));
+    return acc;
+}
+
+static inline __m512i dp_words(__m512i acc, __m512i a, __m512i b) {
+    asm("vpdpwssd %2, %1, %0" : "+v"(acc) : "v"(a), "v"(b));
+    return acc;
+}
+
+static inline __m512i madd_lo(__m512i acc, __m512i a, __m512i b) {
+    asm("vpmadd52luq %2, %1, %0" : "+v"(acc) : "v"(a), "v"(b));
+    return acc;
+}
+
+static inline __m512i madd_hi(__m512i acc, __m512i a, __m512i b) {
+    asm("vpmadd52huq %2, %1, %0" : "+v"(acc) : "v"(a), "v"(b));
+    return acc;
+}
+
+// Lanes of any 64-bit value to below 2^51, the same mod p: 2^50 = 27.
+static inline __m512i fold(__m512i x) {
+    const __m512i low = _mm512_and_si512(x, _mm512_set1_epi64(((int64_t)1 << 50) - 1));
+    return madd_lo(low, _mm512_srli_epi64(x, 50), _mm512_set1_epi64(27));
+}
+
+// Eight lanes of any 64-bit value, summed mod p into 54 bits.
+static inline uint64_t sum_lanes(__m512i x) { return (uint64_t)_mm512_reduce_add_epi64(fold(x)); }
+
+// A pair of accumulators of 52-bit multiply-adds as one number of 56 bits, mod p: 2^52 = 108. hi < 2^44.
+static inline uint64_t sum_pair(__m512i lo, __m512i hi) {
+    return (uint64_t)_mm512_reduce_add_epi64(madd_lo(fold(lo), hi, _mm512_set1_epi64(108)));
+}
+
+}  // namespace avx512
+}  // namespace va
