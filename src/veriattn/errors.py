@@ -119,6 +119,29 @@ class AttestationError(VeriattnError):
     exit_code = EXIT_VERIFICATION
 
 
+class AttestationUnavailable(AttestationError):
+    """The machine's TEE did not give a quote, or there is none."""
+
+    code = "attestation_unavailable"
+
+
+class AttestationBusy(AttestationUnavailable):
+    """Quotes are asked for faster than they are made; `retry_after_s` says when to come back."""
+
+    code = "attestation_busy"
+
+    def __init__(self, message: str, retry_after_s: int, *, hint: str | None = None) -> None:
+        super().__init__(message, hint=hint)
+        self.retry_after_s = retry_after_s
+
+
+class ReceiptNotFound(VeriattnError):
+    """There is no such receipt for this caller; another caller's looks the same."""
+
+    code = "receipt_not_found"
+    exit_code = EXIT_USAGE
+
+
 class InternalError(VeriattnError):
     """A bug on our side; never the prover's doing."""
 
