@@ -128,7 +128,7 @@ class AttestationUnavailable(AttestationError):
 class AttestationBusy(AttestationUnavailable):
     """Quotes are asked for faster than they are made; `retry_after_s` says when to come back."""
 
-    code = "attestation_busy"
+    code = "attestation_rate_limited"
 
     def __init__(self, message: str, retry_after_s: int, *, hint: str | None = None) -> None:
         super().__init__(message, hint=hint)

@@ -27,8 +27,11 @@ def check_nonce(nonce: object) -> str:
     return nonce
 
 
-def report_data(keyset_digest: str, nonce: str) -> bytes:
-    """The 64 bytes that a quote must carry: SHA-256 of the canonical statement, then 32 zero bytes."""
+def report_data(keyset_digest: str, nonce: str | None) -> bytes:
+    """The 64 bytes that a quote must carry: SHA-256 of the canonical statement, then 32 zero bytes.
+
+    Without a nonce the statement holds null: such a quote binds the keys but may be old.
+    """
     statement = {"keyset_digest": keyset_digest, "nonce": nonce, "purpose": PURPOSE}
     return hashlib.sha256(canonical(statement)).digest() + bytes(32)
 

@@ -83,13 +83,16 @@ class ReceiptService:
         """The current key set."""
         return self._current()[1]
 
-    def attestation(self, nonce: str, keyset_digest: str | None = None) -> Json:
+    def attestation(self, nonce: str | None, keyset_digest: str | None = None) -> Json:
         """The attestation report for a client's nonce, over the current key set or an earlier one by its digest.
+
+        Without a nonce the report shows that the keys are bound, not that it is fresh.
 
         Raises: UsageError for a nonce that is not 64 lowercase hexadecimal digits or an unknown key set;
         AttestationBusy (HTTP 429) and AttestationUnavailable (HTTP 503) where no quote can be had.
         """
-        check_nonce(nonce)
+        if nonce is not None:
+            check_nonce(nonce)
         _, keyset = self._current()
         if keyset_digest is not None and keyset_digest != keyset.digest:
             with self._lock:
