@@ -14,7 +14,6 @@ from veriattn.cli.doctor import doctor
 from veriattn.cli.generate import generate
 from veriattn.cli.models import convert, evaluate, pull
 from veriattn.cli.output import error_json, print_error, print_json
-from veriattn.cli.redteam import redteam
 from veriattn.errors import EXIT_INTERNAL, EXIT_INTERRUPTED, EXIT_OK, UsageError, VeriattnError
 
 EXIT_CODES = """\
@@ -35,7 +34,7 @@ def app() -> None:
     """
 
 
-for command in (pull, convert, generate, evaluate, redteam, doctor):
+for command in (pull, convert, generate, evaluate, doctor):
     app.add_command(command)
 
 

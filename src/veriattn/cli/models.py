@@ -11,10 +11,10 @@ import click
 from veriattn.cli.output import Progress, json_option, model_option, note, print_json, threads_option
 from veriattn.convert.build import build_model
 from veriattn.convert.pull import pull as pull_model
-from veriattn.convert.quality import KL_LIMIT, PPL_RATIO_LIMIT, Quality
+from veriattn.convert.quality import KL_LIMIT, PPL_RATIO_LIMIT, Quality, windows_of
 from veriattn.convert.quality import evaluate as evaluate_model
-from veriattn.convert.quality import windows_of
 from veriattn.convert.sources import Source, open_source
+from veriattn.convert.tokenizer_check import check_tokenizer_json
 from veriattn.errors import ModelError, UsageError
 from veriattn.home import resolve_model, sources_directory
 from veriattn.native import kernels, set_threads
@@ -97,7 +97,9 @@ def convert(source: Path, out: Path, calibration_text: Path | None, threads: int
 @click.command("eval")
 @model_option
 @click.option("--text", required=True, type=_FILE, metavar="FILE", help="UTF-8 text to predict.")
-@click.option("--source", type=_FILE, metavar="SRC", help="The float checkpoint.  [default: where it was converted from]")
+@click.option(
+    "--source", type=_FILE, metavar="SRC", help="The float checkpoint.  [default: where it was converted from]"
+)
 @click.option("--max-tokens", type=click.IntRange(min=2), metavar="N", help="Only the first N tokens of the text.")
 @click.option("--window", type=click.IntRange(min=2), default=1024, show_default=True, help="Tokens per window.")
 @threads_option
@@ -122,7 +124,7 @@ def evaluate(
     directory = ModelDirectory(path)
     content = _read_text(text)
     reference = _reference(directory, source)
-    windows = _windows(directory, reference, content, max_tokens, window)
+    windows = _windows(directory, content, max_tokens, window)
     progress = Progress()
     try:
         quality = evaluate_model(
@@ -196,14 +198,13 @@ def _known_sources(directory: ModelDirectory, sha256: str) -> list[Path]:
     return [path for path in found if path.exists()]
 
 
-def _windows(
-    directory: ModelDirectory, reference: Source, text: str, max_tokens: int | None, window: int
-) -> list[list[int]]:
+def _windows(directory: ModelDirectory, text: str, max_tokens: int | None, window: int) -> list[list[int]]:
     """Token ids of the text in windows, each after BOS where the model wants one. Raises: UsageError."""
     limit = directory.config.max_positions
     if window > limit:
         raise UsageError(f"a window of {window} tokens, the model's context holds {limit}", hint="lower --window")
     manifest = directory.manifest
     prefix = [manifest.bos_id] if manifest.add_bos and manifest.bos_id is not None else []
-    ids = reference.tokenizer().encode(text, add_special_tokens=False).ids[:max_tokens]
+    tokenizer = check_tokenizer_json(directory.tokenizer_json(), directory.config.vocab_size)
+    ids = tokenizer.encode(text, add_special_tokens=False).ids[:max_tokens]
     return [prefix + part for part in windows_of(ids, window - len(prefix))]

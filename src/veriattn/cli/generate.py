@@ -1,0 +1,331 @@
+"""`generate`: verified generation for one prompt or a file of them, shown as it is released."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any, get_args
+
+import click
+
+from veriattn.cli.output import (
+    UNVERIFIED_MARK,
+    Progress,
+    TextStream,
+    error_json,
+    json_option,
+    model_option,
+    note,
+    print_error,
+    print_json,
+    threads_option,
+)
+from veriattn.cli.report import generation_json, in_words
+from veriattn.convert.pull import PUBLISHED
+from veriattn.engine.engine import Engine, EngineConfig, Request, RequestState, TokenOutput
+from veriattn.engine.strategies import STRATEGIES, Strategy
+from veriattn.errors import EXIT_INTERRUPTED, ModelError, UsageError, VeriattnError
+from veriattn.home import models_directory, resolve_model
+from veriattn.native import set_threads
+from veriattn.spec.modelfile import WEIGHTS_FILE
+from veriattn.spec.sampler import SamplingParams
+from veriattn.verifier.mediated import Tiling
+from veriattn.wire.emulate import Throttle
+from veriattn.wire.messages import AttentionCheck
+
+_CHECKS = {"replay": AttentionCheck.REPLAY, "transfer": AttentionCheck.TRANSFER}
+_MAX_PROMPTS_BYTES = 256 << 20
+
+
+@click.command()
+@model_option
+@click.argument("prompt", required=False)
+@click.option("--prompts-file", type=click.Path(path_type=Path), metavar="FILE",
+              help="Many prompts at once: each line a JSON string or plain text.")  # fmt: skip
+@click.option("--system", metavar="TEXT", help="System message before the prompt.")
+@click.option("--raw", is_flag=True, help="Continue the prompt as it stands, without the chat template.")
+@click.option(
+    "--max-tokens", type=click.IntRange(min=1), default=256, show_default=True, help="Most tokens of an answer."
+)
+@click.option("--temperature", type=float, default=0.0, show_default=True, help="0 takes the most likely token.")
+@click.option("--top-k", type=int, default=0, help="Only the K most likely tokens.  [default: off]")
+@click.option("--top-p", type=float, default=1.0, help="Only the most likely that add up to P.  [default: off]")
+@click.option(
+    "--min-p", type=float, default=0.0, help="Only those at least P times as likely as the first.  [default: off]"
+)
+@click.option("--repetition-penalty", type=float, default=1.0, help="Divides logits of tokens seen.  [default: off]")
+@click.option("--presence-penalty", type=float, default=0.0, help="Lowers logits of tokens used.  [default: off]")
+@click.option("--frequency-penalty", type=float, default=0.0, help="The same, per use.  [default: off]")
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the sampler: same seed, same answer.")
+@click.option("--stop", multiple=True, metavar="TEXT", help="End before this text. May be given several times.")
+@click.option(
+    "--logprobs", type=click.IntRange(0, 100), metavar="N", help="Log-probabilities with the N most likely, in JSON."
+)
+@click.option("--strategy", type=click.Choice(STRATEGIES), default="run-ahead", show_default=True,
+              help="Where the work is done. All give the same tokens.")  # fmt: skip
+@click.option("--attention-check", type=click.Choice(sorted(_CHECKS)), default="replay", show_default=True,
+              help="Recompute attention scores, or have them sent and check those.")  # fmt: skip
+@click.option(
+    "--prefill-chunk", type=click.IntRange(1, 1 << 16), default=512, show_default=True, help="Most tokens of one step."
+)
+@click.option(
+    "--tiles", metavar="HEADS,ROWS|off", help="Pipeline of `veriattn`: head blocks and row tiles.  [default: by length]"
+)
+@click.option("--emulate-link", metavar="GBPS[,LATENCY_US]", help="Slow the link to the prover down, for measuring.")
+@click.option("--prover-command", metavar="CMD", help="Another program as the prover (docs/wire.md).")
+@click.option(
+    "--digest", metavar="SHA256", help="Refuse a model of another digest.  [default: pinned for pulled names]"
+)
+@threads_option
+@json_option
+def generate(model: str, prompt: str | None, prompts_file: Path | None, as_json: bool, **options: Any) -> int:
+    """Answer a prompt; every token has been checked when it appears.
+
+    Greedy, with the model's chat template, unless told otherwise. PROMPT may be - for standard input. With --json the text
+    goes to standard error as it is released, and standard output gets one JSON object. Ctrl-C keeps what was verified.
+
+    \b
+    Example:
+      veriattn generate -m smollm2 "Why is the sky blue?" --max-tokens 64
+      veriattn generate -m smollm2 --temperature 0.8 --top-p 0.95 --seed 7 "Write a haiku."
+      veriattn generate -m smollm2 --prompts-file prompts.txt --json
+    """
+    prompts = _prompts(prompt, prompts_file, raw=options["raw"])
+    path = resolve_model(model)
+    params = SamplingParams(
+        temperature=options["temperature"],
+        top_k=options["top_k"],
+        top_p=options["top_p"],
+        min_p=options["min_p"],
+        repetition_penalty=options["repetition_penalty"],
+        presence_penalty=options["presence_penalty"],
+        frequency_penalty=options["frequency_penalty"],
+        seed=options["seed"],
+    )
+    config = _engine_config(model, path, options)
+    if options["threads"] is not None:
+        set_threads(options["threads"])
+    run = _Run(model, path, config, single=prompts_file is None, as_json=as_json)
+    return run(prompts, params, options)
+
+
+def _prompts(prompt: str | None, file: Path | None, *, raw: bool) -> list[str]:
+    """The prompts asked for. Raises: UsageError (none, or both kinds, or an empty one); ModelError (unreadable file)."""
+    if (prompt is None) == (file is None):
+        raise UsageError(
+            "give either a prompt or --prompts-file", hint='for example: veriattn generate -m MODEL "Hello"'
+        )
+    if file is None:
+        text = _standard_input() if prompt == "-" else prompt or ""
+        if not (text if raw else text.strip()):
+            raise UsageError("the prompt is empty", hint="give at least one token of text")
+        return [text]
+    try:
+        with file.open("rb") as stream:
+            data = stream.read(_MAX_PROMPTS_BYTES + 1)
+        lines = data.decode("utf-8").splitlines()
+    except OSError as error:
+        raise ModelError(f"cannot read {file}: {error.strerror}", hint="--prompts-file names a text file") from error
+    except UnicodeDecodeError as error:
+        raise ModelError(f"{file} is not UTF-8 text (byte {error.start})") from error
+    if len(data) > _MAX_PROMPTS_BYTES:
+        raise ModelError(f"{file} is larger than {_MAX_PROMPTS_BYTES} bytes", hint="split it")
+    prompts = [_line(file, number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    if not prompts:
+        raise UsageError(f"{file} has no prompts", hint="one a line: a JSON string or plain text")
+    return prompts
+
+
+def _line(file: Path, number: int, line: str) -> str:
+    if not line.lstrip().startswith('"'):
+        return line
+    try:
+        text = json.loads(line)
+    except ValueError as error:
+        raise UsageError(f"{file}, line {number} begins like a JSON string and is none: {error}") from error
+    if not isinstance(text, str) or not text:
+        raise UsageError(f"{file}, line {number} is an empty prompt", hint="leave the line out")
+    return text
+
+
+def _standard_input() -> str:
+    try:
+        return sys.stdin.buffer.read(_MAX_PROMPTS_BYTES).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"standard input is not UTF-8 text (byte {error.start})") from error
+
+
+def _engine_config(model: str, path: Path, options: dict[str, Any]) -> EngineConfig:
+    digest: str | None = options["digest"]
+    if digest is None and model in PUBLISHED and path == models_directory() / model:
+        digest = PUBLISHED[model].model_digest
+    strategy: Strategy = options["strategy"]
+    if strategy not in get_args(Strategy):
+        raise UsageError(f"unknown strategy {strategy!r}")
+    link = options["emulate_link"]
+    command = _command(options["prover_command"])
+    return EngineConfig(
+        strategy=strategy,
+        prefill_chunk=options["prefill_chunk"],
+        attention_check=_CHECKS[options["attention_check"]],
+        tiling=_tiling(options["tiles"]),
+        emulate_link=None if link is None else Throttle.parse(link),
+        prover_command=command,
+        prover_threads=options["threads"],
+        expected_digest=None if digest is None else digest.lower(),
+    )
+
+
+def _command(text: str | None) -> tuple[str, ...] | None:
+    if text is None:
+        return None
+    try:
+        words = tuple(shlex.split(text))
+    except ValueError as error:
+        raise UsageError(f"--prover-command cannot be split into words: {error}") from error
+    if not words:
+        raise UsageError("--prover-command is empty", hint="leave it out for the built-in prover")
+    return words
+
+
+def _tiling(text: str | None) -> Tiling | None:
+    if text is None:
+        return None
+    if text == "off":
+        return Tiling(1, 1, pipeline=False)
+    heads, _, rows = text.partition(",")
+    if not (heads.isascii() and heads.isdigit() and rows.isascii() and rows.isdigit() and int(heads) and int(rows)):
+        raise UsageError(f"--tiles {text!r} is neither HEADS,ROWS nor off", hint="for example --tiles 4,32")
+    return Tiling(int(heads), int(rows))
+
+
+class _Run:
+    """One invocation: loads, submits, streams, and accounts for it even when it ends early."""
+
+    def __init__(self, model: str, path: Path, config: EngineConfig, *, single: bool, as_json: bool) -> None:
+        self._name, self._path, self._config, self._single, self._as_json = model, path, config, single, as_json
+        self._mark = UNVERIFIED_MARK if config.strategy == "dangerous-unverified" else ""
+        self._stream = TextStream(self._mark, to_stderr=as_json)
+        self._states: list[RequestState] = []
+        self._logprobs: dict[int, list[dict[str, Any]]] = {}
+        self._load_s = 0.0
+
+    def __call__(self, prompts: list[str], params: SamplingParams, options: dict[str, Any]) -> int:
+        """Exit code. Raises: VeriattnError where nothing at all was released."""
+        began = time.monotonic()
+        progress = Progress()
+        try:
+            size = (self._path / WEIGHTS_FILE).stat().st_size if (self._path / WEIGHTS_FILE).is_file() else 0
+            on_bytes = progress.bytes_of("reading and hashing the model", size)
+            engine = Engine(self._path, self._config, on_bytes=on_bytes)
+            ids = [engine.submit(self._request(engine, text, params, options)) for text in prompts]
+            self._states = [engine.states[i] for i in ids]
+            progress("starting the prover", 0, 0)
+            self._start(engine)
+        finally:
+            progress.close()
+        self._load_s = time.monotonic() - began
+        try:
+            with engine:
+                self._drive(engine, ids)
+                return self._finish(engine, None)
+        except KeyboardInterrupt:
+            # A second Ctrl-C must not cut the account of the first short.
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            return self._finish(engine, _Interrupted("interrupted"))
+        except VeriattnError as error:
+            return self._finish(engine, error)
+
+    @staticmethod
+    def _start(engine: Engine) -> None:
+        """Open the session before the clock of the first token runs."""
+        engine.start()
+        for state in engine.states.values():
+            state.timing.submitted = time.monotonic()
+
+    @staticmethod
+    def _request(engine: Engine, text: str, params: SamplingParams, options: dict[str, Any]) -> Request:
+        codec, system = engine.codec, options["system"]
+        if options["raw"]:
+            if system is not None:
+                raise UsageError("--system has no place in a --raw prompt", hint="write it into the prompt")
+            prompt_ids = codec.encode(text)
+        else:
+            messages = [] if system is None else [{"role": "system", "content": system}]
+            prompt_ids = codec.encode_chat([*messages, {"role": "user", "content": text}])
+        return Request(
+            prompt_ids=tuple(prompt_ids),
+            params=params,
+            max_tokens=options["max_tokens"],
+            stop=tuple(options["stop"]),
+            logprobs=options["logprobs"],
+        )
+
+    def _drive(self, engine: Engine, ids: list[int]) -> None:
+        shown = 0
+        while engine.has_work:
+            for out in engine.step():
+                self._note_logprobs(engine, out)
+                if self._single:
+                    self._stream.write(out.text)
+            # Several answers grow at once: each is shown when it and all before it are complete.
+            while not self._single and shown < len(ids) and self._states[shown].finish_reason is not None:
+                self._show_whole(shown)
+                shown += 1
+        self._stream.end()
+
+    def _show_whole(self, index: int) -> None:
+        self._stream.write(f"--- {index + 1}\n{self._states[index].text}")
+        self._stream.end()
+
+    def _note_logprobs(self, engine: Engine, out: TokenOutput) -> None:
+        if out.logprob is None or out.token_id is None:
+            return
+        entry = {"token_id": out.token_id, "token": engine.codec.token(out.token_id), "logprob": out.logprob}
+        top = [{"token_id": i, "token": engine.codec.token(i), "logprob": p} for i, p in out.top_logprobs]
+        self._logprobs.setdefault(out.request_id, []).append({**entry, "top": top})
+
+    def _finish(self, engine: Engine, error: VeriattnError | None) -> int:
+        """Print the account; the exit code."""
+        self._stream.end()
+        engine.close()
+        interrupted = isinstance(error, _Interrupted)
+        for state in self._states:
+            engine.cancel(state.sequence.seq_id)
+            if not self._single and interrupted and state.text and state.finish_reason == "cancelled":
+                self._show_whole(self._states.index(state))
+        data = generation_json(
+            engine, self._states, name=self._name, load_s=self._load_s, logprobs=self._logprobs, single=self._single
+        )
+        if error is not None:
+            print_error(error)
+        released = sum(len(s.output_ids) for s in self._states)
+        if error is None or interrupted or released:
+            note(f"{self._mark}{in_words(data, released)}")
+        if self._as_json:
+            if error is None:
+                print_json(data)
+            elif interrupted:
+                print_json({**data, "error": error_json(error)})
+            else:
+                # At the top nothing may look like a finished, verified answer.
+                partial = {key: data[key] for key in ("text", "token_ids", "results") if key in data}
+                print_json(
+                    {
+                        "error": error_json(error),
+                        "verified": False,
+                        "partial": {**partial, "verified": data["verified"]},
+                    }
+                )
+        return 0 if error is None else error.exit_code
+
+
+class _Interrupted(VeriattnError):
+    """Ctrl-C or SIGTERM after the session was open."""
+
+    code = "interrupted"
+    exit_code = EXIT_INTERRUPTED
