@@ -198,12 +198,22 @@ def attention_weights(scores_i32: I32, q_scale: F32, k_scale: F32, visible: npt.
     """
     t = scores_i32.astype(np.float32) * k_scale[None, :]
     m = np.max(t, axis=1, where=visible, initial=np.float32(-np.inf))
-    with np.errstate(invalid="ignore"):
-        y = np.minimum((m[:, None] - t) * q_scale[:, None], XI_MAX)
-    xi = np.rint(np.where(visible, y, XI_MAX)).astype(np.int32)
-    p = ((LUT15[xi & 63] >> (xi >> 6)) + 1) >> 1
+    p = _weights(t, m, q_scale)
     p[~visible] = 0
     return p, p.sum(axis=1, dtype=np.int32)
+
+
+def weights_below(scores_i32: I32, q_scale: F32, k_scale: F32, row_max: F32) -> I32:
+    """P of visible keys relative to a given maximum. Shapes: (rows, keys), (rows,), (keys,), (rows,) -> (rows, keys)."""
+    return _weights(scores_i32.astype(np.float32) * k_scale[None, :], row_max, q_scale)
+
+
+def _weights(t: F32, m: F32, q_scale: F32) -> I32:
+    # Keys that are not visible may lie above the maximum; they are clamped here and dropped by the caller.
+    y = np.clip((m[:, None] - t) * q_scale[:, None], np.float32(0), XI_MAX)
+    xi = np.rint(y).astype(np.int32)
+    p: I32 = ((LUT15[xi & 63] >> (xi >> 6)) + 1) >> 1
+    return p
 
 
 def causal_mask(num_queries: int, start: int, num_keys: int) -> npt.NDArray[np.bool_]:
