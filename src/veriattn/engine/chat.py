@@ -205,11 +205,11 @@ class _BoundedEnvironment(ImmutableSandboxedEnvironment):
                 raise _TemplateLimit("it replaces by too long a text too often")
 
     def _joined(self, separator: object, parts: object) -> None:
-        if isinstance(parts, list | tuple) and isinstance(separator, str):
+        if not isinstance(parts, str | list | tuple | Mapping | Undefined):
+            raise _TemplateLimit("it joins something other than a list; pass it through `list` first")
+        if not isinstance(parts, Undefined) and isinstance(separator, str):
             if self._measure(parts, printable=True) + len(parts) * len(separator) > MAX_RENDERED_CHARS:
                 raise _TemplateLimit("it joins too much text")
-        elif not isinstance(parts, str | Mapping | Undefined):
-            raise _TemplateLimit("it joins something other than a list; pass it through `list` first")
 
     def _bounded_filter(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         # jinja2 passes the context or environment first where the function asks for it.
@@ -252,9 +252,9 @@ class _BoundedEnvironment(ImmutableSandboxedEnvironment):
             raise _TemplateLimit("it raises to a power above 64")
         if operator == "*":
             for value, times in ((left, right), (right, left)):
-                if isinstance(times, int) and isinstance(value, str | bytes | list | tuple):
-                    if self._measure(value) * times > MAX_RENDERED_CHARS:
-                        raise _TemplateLimit("it repeats a value too often")
+                repeats = isinstance(times, int) and isinstance(value, str | bytes | list | tuple)
+                if repeats and self._measure(value) * times > MAX_RENDERED_CHARS:
+                    raise _TemplateLimit("it repeats a value too often")
         self._measure(left, right)
         result = super().call_binop(context, operator, left, right)
         self._measure(result)
@@ -304,7 +304,7 @@ def checked_messages(messages: Sequence[Message]) -> list[dict[str, str]]:
             raise UsageError(f"{where} has no role", hint='a message is {"role": "user", "content": "..."}')
         entry = {"role": message["role"], "content": _content(message, where)}
         for key, value in message.items():
-            if key in entry or value is None or value == [] or value == {}:
+            if key in entry or value is None or value in ([], {}):
                 continue
             if key != "name" or not isinstance(value, str):
                 raise UsageError(f"{where}: the field {str(key)[:40]!r} is not supported")

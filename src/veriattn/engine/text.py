@@ -163,9 +163,7 @@ class StopMatcher:
             end, _, self.matched = min(ends)
             self._held = ""
             return text[: end - len(self.matched)]
-        held = next(
-            (n for n in range(min(self._longest - 1, len(text)), 0, -1) if self._begins_a_stop(text[-n:])), 0
-        )
+        held = next((n for n in range(min(self._longest - 1, len(text)), 0, -1) if self._begins_a_stop(text[-n:])), 0)
         self._held = text[len(text) - held :]
         return text[: len(text) - held]
 

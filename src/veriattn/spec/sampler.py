@@ -136,7 +136,9 @@ def _adjust(logits: F32, params: SamplingParams, prompt_ids: Sequence[int], outp
 def _checked_ids(ids: list[int], vocab: int) -> I64:
     array = np.array(ids, dtype=np.int64)
     if array.min() < 0 or array.max() >= vocab:
-        raise UsageError(f"a token id is outside the vocabulary of {vocab}", hint="look at logit_bias and the prompt's ids")
+        raise UsageError(
+            f"a token id is outside the vocabulary of {vocab}", hint="look at logit_bias and the prompt's ids"
+        )
     return array
 
 
