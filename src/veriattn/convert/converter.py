@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,16 +18,15 @@ from pathlib import Path
 from types import ModuleType
 
 import numpy as np
-import numpy.typing as npt
 from tokenizers import Tokenizer
 
-from veriattn.convert.quantise import CLIP_FRACTIONS, quantise_rows
+from veriattn.convert.matrices import F16, MatrixMaker
+from veriattn.convert.quantise import CLIP_FRACTIONS
 from veriattn.convert.rope import inverse_frequencies, rotary_tables
-from veriattn.convert.rotation import F64, hadamard_normalised, rotate_residual
 from veriattn.convert.sources import Source
-from veriattn.errors import ModelError
+from veriattn.errors import ModelError, UsageError
 from veriattn.spec import reference
-from veriattn.spec.constants import TABLE_FLOOR, largest_power_of_two_divisor
+from veriattn.spec.constants import TABLE_FLOOR
 from veriattn.spec.forward import Batch, BatchEntry, run_layer, start_step
 from veriattn.spec.local import LocalOperations
 from veriattn.spec.model import LayerTensors, ModelConfig, ModelTensors
@@ -35,7 +35,11 @@ from veriattn.spec.reference import F32, I8
 
 RECIPE_VERSION = 1
 CALIBRATION_WINDOW = 256
-_ROW_BLOCK_BYTES = 64 << 20
+MIN_CALIBRATION_TOKENS = 64
+#: Activations of all calibration tokens are held at once; more than this of a long text is not read.
+MAX_CALIBRATION_TOKENS = 4096
+#: Each thread holds some 30 MB of pieces.
+MAX_THREADS = 32
 
 Progress = Callable[[str, int, int], None]
 
@@ -85,51 +89,74 @@ def convert(
     progress: Progress | None = None,
     kernels: ModuleType,
 ) -> ConversionReport:
-    """Write the canonical model of `source` to directory `out`.
+    """Write the canonical model of `source` to directory `out`, which is this conversion's own.
 
-    Raises: ModelError for weights that do not fit the canonical numerics or a calibration text that is too short.
+    The manifest is written last: what a failed or killed conversion leaves behind does not open as a model.
+
+    Raises: ModelError for weights that do not fit the canonical numerics and for a directory that cannot be written;
+    UsageError for a calibration text that is too short.
     """
     config = canonical_config(source)
-    tokenizer_json = source.tokenizer_json()
-    windows = _calibration_windows(
-        tokenizer_json, calibration_text or default_calibration_text(), config, source.special.bos_id
-    )
-    tell = progress or (lambda _what, _done, _total: None)
+    text = default_calibration_text() if calibration_text is None else calibration_text
+    windows = _calibration_windows(source.tokenizer_json(), text, config, source.special.bos_id)
+    try:
+        digest = _write_model(source, config, out, windows, threads, progress or _silent, kernels)
+    except OSError as error:
+        raise ModelError(
+            f"cannot write the model to {out}: {error.strerror}", hint="is there room, and may you write there?"
+        ) from error
+    return ConversionReport(digest, out, sum(len(w) for w in windows), source.config.notes)
+
+
+def _silent(_what: str, _done: int, _total: int) -> None:
+    """No progress."""
+
+
+def _write_model(
+    source: Source,
+    config: ModelConfig,
+    out: Path,
+    windows: list[list[int]],
+    threads: int | None,
+    tell: Progress,
+    kernels: ModuleType,
+) -> str:
     total = config.num_layers + 2
-    with ThreadPoolExecutor(threads or os.cpu_count() or 1) as pool:
+    workers = min(threads or len(os.sched_getaffinity(0)), MAX_THREADS)
+    with ThreadPoolExecutor(workers) as pool:
+        maker = MatrixMaker(source, config, pool)
         writer = ModelWriter(out, config)
-        embed = _embeddings(source, config)
-        writer.write("embed", embed)
+        batch, seen = _calibration_batch(windows)
+        embed = np.empty((len(seen), config.hidden_size), np.float16)
+        writer.write("embed", _keep_rows(maker.embedding(), seen, embed))
         frequencies = inverse_frequencies(source.config.rope_theta, config.rotary_dim, source.config.rope_scaling)
         cos, sin = rotary_tables(frequencies, config.max_positions)
         writer.write("rope.cos", cos)
         writer.write("rope.sin", sin)
         tell("embeddings", 1, total)
 
-        batch = Batch(tuple(BatchEntry(i, 0, tuple(w), "none") for i, w in enumerate(windows)))
-        public = ModelTensors(config, embed, cos, sin, (), np.empty(0, np.float32))
         weights: dict[str, object] = {}
         ops = LocalOperations(config, weights.__getitem__, kernels)
+        public = ModelTensors(config, embed, cos, sin, (), np.empty(0, np.float32))
         ctx, x = start_step(public, batch, ops, kernels)
-        # Only what calibration gathered from the embedding is needed from here on.
-        del embed, public
         for i in range(config.num_layers):
-            layer, matrices = _convert_layer(source, config, i, pool)
-            weights = {name: kernels.pack(w) for name, w in matrices.items()}
-            ops = LocalOperations(config, weights.__getitem__, kernels)
-            ctx = type(ctx)(ctx.model, batch, ctx.cos, ctx.sin, ops, kernels)
+            layer, matrices = _convert_layer(source, config, i, maker)
+            weights.update((name, kernels.pack(w)) for name, w in matrices.items())
             layer = _calibrate(config, layer, x, ctx.model.eps, weights[f"layers.{i}.qkv"], ctx.cos, ctx.sin, kernels)
-            x = run_layer(ctx, i, layer, x)
+            ops = LocalOperations(config, weights.__getitem__, kernels)
+            x = run_layer(dataclasses.replace(ctx, ops=ops), i, layer, x)
+            weights.clear()
             _write_layer(writer, config, i, layer, matrices)
+            del matrices
             tell(f"layer {i}", i + 2, total)
 
-        scales: list[F32] = []
-        writer.write("lm_head.weight", _lm_head(source, config, pool, scales))
-        writer.write("lm_head.scale", np.concatenate(scales))
+        scale = np.empty(config.vocab_size, np.float32)
+        writer.write("lm_head.weight", maker.lm_head(scale))
+        writer.write("lm_head.scale", scale)
         tell("lm_head", total, total)
     special = source.special
-    digest = writer.finish(
-        tokenizer_json=tokenizer_json,
+    return writer.finish(
+        tokenizer_json=source.tokenizer_json(),
         chat_template=source.chat_template(),
         generation={"bos_id": special.bos_id, "eos_ids": list(special.eos_ids), "add_bos": special.add_bos},
         source={"name": source.config.name, "arch": source.config.arch, "sha256": source.digest()},
@@ -140,98 +167,64 @@ def convert(
             "calibration_window": CALIBRATION_WINDOW,
         },
     )
-    return ConversionReport(digest, out, batch.num_tokens, source.config.notes)
 
 
 def _calibration_windows(tokenizer_json: str, text: str, config: ModelConfig, bos_id: int | None) -> list[list[int]]:
-    ids = Tokenizer.from_str(tokenizer_json).encode(text, add_special_tokens=False).ids
+    ids = Tokenizer.from_str(tokenizer_json).encode(text, add_special_tokens=False).ids[:MAX_CALIBRATION_TOKENS]
+    if len(ids) < MIN_CALIBRATION_TOKENS:
+        raise UsageError(
+            f"the calibration text has {len(ids)} tokens; at least {MIN_CALIBRATION_TOKENS} are needed",
+            hint="give a text of a few hundred words or more",
+        )
     prefix = [] if bos_id is None else [bos_id]
-    size = min(CALIBRATION_WINDOW, config.max_positions) - len(prefix)
-    windows = [prefix + ids[i : i + size] for i in range(0, len(ids), size)]
-    if not ids:
-        raise ModelError("the calibration text has no tokens", hint="give a text of a few hundred words or more")
-    return windows
+    size = max(1, min(CALIBRATION_WINDOW, config.max_positions) - len(prefix))
+    return [prefix + ids[i : i + size] for i in range(0, len(ids), size)]
 
 
-def _row_blocks(rows: int, columns: int) -> Iterator[tuple[int, int]]:
-    step = max(1, _ROW_BLOCK_BYTES // (8 * columns))
-    for start in range(0, rows, step):
-        yield start, min(start + step, rows)
+def _calibration_batch(windows: list[list[int]]) -> tuple[Batch, list[int]]:
+    """All windows as one step over a small vocabulary: token k of the batch is token seen[k] of the model."""
+    seen = sorted({token for window in windows for token in window})
+    index = {token: k for k, token in enumerate(seen)}
+    entries = (BatchEntry(i, 0, tuple(index[t] for t in w), "none") for i, w in enumerate(windows))
+    return Batch(tuple(entries)), seen
 
 
-def _embeddings(source: Source, config: ModelConfig) -> npt.NDArray[np.float16]:
-    out = np.empty((config.vocab_size, config.hidden_size), np.float16)
-    for a, b in _row_blocks(*out.shape):
-        out[a:b] = rotate_residual(source.tensor_rows("embed", a, b).astype(np.float64)).astype(np.float32)
-    return out
-
-
-def _lm_head(source: Source, config: ModelConfig, pool: ThreadPoolExecutor, scales: list[F32]) -> Iterator[I8]:
-    norm = source.tensor("final_norm").astype(np.float64)
-    for a, b in _row_blocks(config.vocab_size, config.hidden_size):
-        w = rotate_residual(source.tensor_rows("lm_head", a, b).astype(np.float64) * norm)
-        q, scale = quantise_rows(w, pool)
-        scales.append(scale)
-        yield q
-
-
-def _reading(source: Source, name: str, norm: F64) -> F64:
-    """A matrix that reads the residual stream: norm folded in, input side rotated."""
-    return rotate_residual(source.tensor(name).astype(np.float64) * norm)
-
-
-def _writing(w: F64) -> F64:
-    """A matrix that writes the residual stream: output side rotated."""
-    return np.ascontiguousarray(rotate_residual(np.ascontiguousarray(w.T)).T)
-
-
-def _heads_hadamard(w: F64, config: ModelConfig) -> F64:
-    """Hadamard over head_dim along the last axis of (..., heads * d)."""
-    return hadamard_normalised(w, largest_power_of_two_divisor(config.head_dim))
+def _keep_rows(blocks: Iterator[F16], rows: list[int], kept: F16) -> Iterator[F16]:
+    """Pass blocks of consecutive rows through; row rows[k] is copied to kept[k]."""
+    first = 0
+    for block in blocks:
+        for k in range(bisect_left(rows, first), bisect_left(rows, first + block.shape[0])):
+            kept[k] = block[rows[k] - first]
+        first += block.shape[0]
+        yield block
 
 
 def _convert_layer(
-    source: Source, config: ModelConfig, i: int, pool: ThreadPoolExecutor
+    source: Source, config: ModelConfig, i: int, maker: MatrixMaker
 ) -> tuple[LayerTensors, dict[str, I8]]:
     """Fold, rotate and quantise the matrices of one layer; v_scale is still 1, k_center still 0."""
     at = f"layers.{i}."
-    norm = source.tensor(at + "attn_norm").astype(np.float64)
-    v = _reading(source, at + "v", norm)
-    # The value rotation sits on v's output side and o's input side, head by head.
-    v = np.ascontiguousarray(_heads_hadamard(np.ascontiguousarray(v.T), config).T)
-    parts = [quantise_rows(w, pool) for w in (_reading(source, at + "q", norm), _reading(source, at + "k", norm), v)]
-    qkv, qkv_scale = (np.concatenate([p[j] for p in parts]) for j in (0, 1))
+    made = {"qkv": maker.qkv(i), "o": maker.o(i), "gate_up": maker.gate_up(i), "down": maker.down(i)}
     bias: F32 | None = None
     if config.qkv_bias:
-        v_bias = _heads_hadamard(source.tensor(at + "v_bias").astype(np.float64)[None], config)[0]
-        bias = np.concatenate([source.tensor(at + "q_bias"), source.tensor(at + "k_bias"), v_bias.astype(np.float32)])
-        bias[np.abs(bias) < TABLE_FLOOR] = 0
-    o, o_scale = quantise_rows(_writing(_heads_hadamard(source.tensor(at + "o").astype(np.float64), config)), pool)
-    norm = source.tensor(at + "mlp_norm").astype(np.float64)
-    parts = [quantise_rows(_reading(source, at + name, norm), pool) for name in ("gate", "up")]
-    gate_up, gate_up_scale = (np.concatenate([p[j] for p in parts]) for j in (0, 1))
-    down = source.tensor(at + "down").astype(np.float64)
-    block = largest_power_of_two_divisor(config.intermediate_size)
-    # The online transform before `down` is unnormalised: its inverse is the transform over block size.
-    down = hadamard_normalised(down, block) * (1.0 / float(np.sqrt(np.float64(block))))
-    down_q, down_scale = quantise_rows(_writing(down), pool)
-    head_norms = [_snap(source.tensor(at + name)) if config.qk_norm else None for name in ("q_norm", "k_norm")]
+        parts = [source.tensor(at + "q_bias"), source.tensor(at + "k_bias"), maker.v_bias(i)]
+        bias = _snap(np.concatenate(parts))
     layer = LayerTensors(
-        qkv_scale=qkv_scale,
-        o_scale=o_scale,
-        gate_up_scale=gate_up_scale,
-        down_scale=down_scale,
+        qkv_scale=made["qkv"][1],
+        o_scale=made["o"][1],
+        gate_up_scale=made["gate_up"][1],
+        down_scale=made["down"][1],
         v_scale=np.ones(config.num_kv_heads, np.float32),
         qkv_bias=bias,
         k_center=np.zeros((config.num_kv_heads, config.head_dim), np.float32) if config.k_center else None,
-        q_norm=head_norms[0],
-        k_norm=head_norms[1],
+        q_norm=_snap(source.tensor(at + "q_norm")) if config.qk_norm else None,
+        k_norm=_snap(source.tensor(at + "k_norm")) if config.qk_norm else None,
     )
-    matrices = {at + "qkv": qkv, at + "o": o, at + "gate_up": gate_up, at + "down": down_q}
-    return layer, matrices
+    return layer, {at + name: matrix for name, (matrix, _) in made.items()}
 
 
 def _snap(x: F32) -> F32:
+    """Values below the floor of stored tables become 0."""
     out = x.astype(np.float32)
     out[np.abs(out) < TABLE_FLOOR] = 0
     return out

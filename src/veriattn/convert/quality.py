@@ -64,8 +64,8 @@ class LocalModel:
             if not collector.add(name, first, chunk):
                 whole = weights.setdefault(name, np.empty(specs[name][1], np.int8))
                 whole[first : first + chunk.shape[0]] = chunk
-        for name in weights:
-            weights[name] = kernels.pack(weights[name])
+        for name, whole in weights.items():
+            weights[name] = kernels.pack(whole)
         self.tensors = collector.tensors()
         self._kernels = kernels
         self._ops = LocalOperations(directory.config, lambda name: weights[f"{name}.weight"], kernels)
@@ -80,8 +80,8 @@ class LocalModel:
         return np.concatenate(parts)
 
 
-def _log_softmax(logits: F32) -> np.ndarray[Any, np.dtype[np.float32]]:
-    z = logits - logits.max(axis=1, keepdims=True)
+def _log_softmax(logits: F32) -> F32:
+    z: F32 = logits - logits.max(axis=1, keepdims=True)
     z -= np.log(np.exp(z).sum(axis=1, dtype=np.float64)).astype(np.float32)[:, None]
     return z
 

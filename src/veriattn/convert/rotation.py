@@ -1,6 +1,7 @@
 """Orthogonal transforms folded into weights, in binary64 with a fixed order of operations.
 
-Only `+ - * /` and `sqrt` on whole arrays are used: no BLAS, no reductions over floats, so two machines get the same bits.
+Only `+ - * /` and `sqrt` on whole arrays are used, no BLAS and no sums over floats: two machines get the same bits.
+Everything acts on the first axis, where each step is one operation on contiguous rows; callers transpose small pieces.
 Source of the method: QuaRot (Ashkboos et al. 2024); a width that is no power of two is completed by small reflections.
 """
 
@@ -29,7 +30,7 @@ def prime_factors(n: int) -> list[int]:
 
 
 def rotation_signs(size: int) -> F64:
-    """Fixed signs of the residual rotation: bits of SHA-256("veriattn/rotation/1" || counter)."""
+    """Fixed signs of the residual rotation: bits of SHA-256("veriattn/rotation/1" || counter), lowest bit first."""
     bits: list[int] = []
     counter = 0
     while len(bits) < size:
@@ -40,39 +41,43 @@ def rotation_signs(size: int) -> F64:
 
 
 def hadamard_normalised(x: F64, block: int) -> F64:
-    """Orthonormal Walsh-Hadamard transform of each `block` of the last axis."""
-    y = np.ascontiguousarray(x, dtype=np.float64).reshape(-1, block)
+    """Orthonormal Walsh-Hadamard transform of each `block` of the first axis; the result is a new array.
+
+    Shapes: (size, n) -> (size, n), `block` a power of two that divides size. Butterflies of stride 1, 2, 4, ...
+    """
+    y, spare = x, np.empty(x.shape)
+    other = np.empty(x.shape) if block > 2 else spare
     h = 1
     while h < block:
-        pairs = y.reshape(-1, block // (2 * h), 2, h)
-        out = np.empty_like(pairs)
-        np.add(pairs[:, :, 0], pairs[:, :, 1], out=out[:, :, 0])
-        np.subtract(pairs[:, :, 0], pairs[:, :, 1], out=out[:, :, 1])
-        y = out.reshape(-1, block)
+        pairs, out = (a.reshape(-1, 2, h * x.shape[1]) for a in (y, spare))
+        np.add(pairs[:, 0], pairs[:, 1], out=out[:, 0])
+        np.subtract(pairs[:, 0], pairs[:, 1], out=out[:, 1])
+        y, spare = spare, other if y is x else y
         h *= 2
-    return (y * (1.0 / math.sqrt(block))).reshape(x.shape)
+    return np.multiply(y, 1.0 / math.sqrt(block), out=spare)
 
 
-def _reflect(x: F64, size: int) -> F64:
-    """Householder reflection I - (2/p) 11^T along axis 1 of (n, p, m)."""
+def _reflect(x: F64, p: int) -> None:
+    """Householder reflection I - (2/p) 11^T along the middle axis of (n, p, m), in place."""
     total = x[:, 0].copy()
-    for i in range(1, size):
+    for i in range(1, p):
         total += x[:, i]
-    return x - ((2.0 / size) * total)[:, None]
+    total *= 2.0 / p
+    x -= total[:, None]
 
 
-def rotate_residual(x: F64) -> F64:
-    """Apply the fixed rotation of the residual stream to the last axis: signs, reflections of the odd part, Hadamard.
+def rotate_residual(x: F64, signs: F64) -> F64:
+    """The fixed rotation of the residual stream along the first axis: signs, reflections of the odd part, Hadamard.
 
-    With width = 2**a * p1 * p2 ..., index = (block, p1, p2, ...): every factor of the Kronecker product mixes its own axis.
+    Shapes: (width, n) -> (width, n); `signs` is `rotation_signs(width)`. With width = p1 * p2 * ... * 2**a and index
+    (p1, p2, ..., block), every factor of the Kronecker product mixes its own axis.
     """
-    width = x.shape[-1]
+    width, n = x.shape
     block = largest_power_of_two_divisor(width)
-    rows = int(np.prod(x.shape[:-1], dtype=np.int64))
-    y = (x * rotation_signs(width)).reshape(rows, width)
+    y = x * signs[:, None]
     before, after = 1, width // block
     for p in prime_factors(width // block):
         after //= p
-        y = _reflect(y.reshape(rows * before, p, after * block), p)
+        _reflect(y.reshape(before, p, after * block * n), p)
         before *= p
-    return hadamard_normalised(y.reshape(-1, block), block).reshape(x.shape)
+    return hadamard_normalised(y, block)

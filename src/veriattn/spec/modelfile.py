@@ -320,7 +320,10 @@ class ModelWriter:
         for chunk in [chunks] if isinstance(chunks, np.ndarray) else chunks:
             if name != expected or chunk.dtype != _DTYPES[dtype] or chunk.shape[1:] != shape[1:]:
                 raise ModelError(f"conversion wrote {name} where {expected} {dtype} {shape} belongs")
-            validate_tensor(name, chunk)
+            try:
+                validate_tensor(name, chunk)
+            except ModelError as error:
+                raise ModelError(error.message, hint="the checkpoint is damaged, or int8 cannot hold it") from None
             raw = np.ascontiguousarray(chunk).tobytes()
             digest.update(raw)
             self._file.write(raw)
