@@ -37,6 +37,10 @@ class EngineConfig:
     attention_check: AttentionCheck = AttentionCheck.REPLAY
     tiling: Tiling | None = None
     emulate_link: Throttle | None = None
+    prover_kv_tokens: int | None = None
+    prover_kv_total: int | None = None
+    offload_ratio: float | None = None
+    tee_memory_bytes: int | None = None
     prover_command: tuple[str, ...] | None = None
     prover_threads: int | None = None
     start_timeout_s: float = 600.0
@@ -135,6 +139,10 @@ class Engine:
             kv_tokens=c.kv_tokens,
             attention_check=c.attention_check,
             tiling=c.tiling,
+            prover_kv_tokens=c.prover_kv_tokens,
+            prover_kv_total=c.prover_kv_total,
+            offload_ratio=c.offload_ratio,
+            tee_memory_bytes=c.tee_memory_bytes,
             start_timeout_s=c.start_timeout_s,
             step_timeout_s=c.step_timeout_s,
         )

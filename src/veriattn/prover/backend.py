@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -10,6 +10,10 @@ from veriattn.spec.forward import Batch
 from veriattn.spec.model import ModelConfig
 from veriattn.wire.messages import AttentionCheck
 from veriattn.wire.operations import AttendRequest, LinearRequest, WeightsRequest
+from veriattn.wire.split import SplitRequest
+
+if TYPE_CHECKING:
+    from veriattn.prover.split import SplitProver
 
 Array = np.ndarray[Any, Any]
 
@@ -29,9 +33,10 @@ class Backend(Protocol):
     config: ModelConfig
 
     def step(
-        self, batch: Batch, check: AttentionCheck, sink: ClaimSink | None
+        self, batch: Batch, check: AttentionCheck, sink: ClaimSink | None, split: frozenset[int], shares: SplitProver
     ) -> np.ndarray[Any, np.dtype[np.float32]]:
-        """One step. With a sink, every claim goes there as soon as it is known. Returns logits for the rows asked for."""
+        """One step. With a sink, every claim goes there as soon as it is known. Attention of the sequences in `split` is
+        shared with the verifier through `shares`; their keys are not kept. Returns logits for the rows asked for."""
         ...
 
     def linear(self, request: LinearRequest, sink: ClaimSink) -> None:
@@ -45,6 +50,10 @@ class Backend(Protocol):
 
     def weights(self, request: WeightsRequest, sink: ClaimSink) -> None:
         """Claim O = P V, i64 (rows, heads, d), of given attention weights."""
+        ...
+
+    def split(self, request: SplitRequest, sink: ClaimSink, shares: SplitProver) -> None:
+        """Answer a SPLIT request that brings its queries."""
         ...
 
     def length(self, seq_id: int) -> int:

@@ -10,19 +10,24 @@ import numpy as np
 
 from veriattn.native import kernels as native_kernels
 from veriattn.prover.backend import ClaimSink
-from veriattn.spec.forward import AttentionInput, Batch, check_batch, forward
+from veriattn.prover.split import SplitProver
+from veriattn.spec.forward import AttentionInput, Batch, Operations, check_batch, forward
 from veriattn.spec.local import LocalOperations
 from veriattn.spec.modelfile import ModelDirectory, TensorCollector
 from veriattn.spec.reference import F32, I8, I32, I64
 from veriattn.wire.messages import AttentionCheck, BadRequest
 from veriattn.wire.operations import AttendRequest, LinearRequest, Reply, WeightsRequest, row_tiles
+from veriattn.wire.split import SplitRequest
 
 
 class _ClaimingOperations:
-    """`LocalOperations` whose results are claimed as they are made."""
+    """`LocalOperations` whose results are claimed as they are made. Attention of `split` sequences is shared with the
+    verifier, who holds their later keys."""
 
-    def __init__(self, local: LocalOperations, check: AttentionCheck, sink: ClaimSink) -> None:
-        self._local, self._check, self._sink = local, check, sink
+    def __init__(
+        self, local: LocalOperations, check: AttentionCheck, sink: ClaimSink, split: frozenset[int], shares: SplitProver
+    ) -> None:
+        self._local, self._check, self._sink, self._split, self._shares = local, check, sink, split, shares
 
     def linear(self, name: str, a_i8: I8) -> I32:
         y = self._local.linear(name, a_i8)
@@ -30,6 +35,25 @@ class _ClaimingOperations:
         return y
 
     def attention(self, layer: int, batch: Batch, x: AttentionInput) -> tuple[I64, I32]:
+        if not self._split:
+            return self._whole(layer, batch, x)
+        o = np.empty(x.q_i8.shape, np.int64)
+        row_sum = np.empty(x.q_i8.shape[:2], np.int32)
+        whole, rows = batch.without(self._split)
+        if whole is not None:
+            part = AttentionInput(x.q_i8[rows], x.q_scale[rows], x.k_i8[rows], x.k_scale[rows], x.v_i8[rows])
+            o[rows], row_sum[rows] = self._whole(layer, whole, part)
+        for entry, at in zip(batch.entries, batch.slices(), strict=True):
+            if entry.seq_id in self._split:
+                request = self._shares.request()
+                if (request.seq_id, request.layer, request.rows) != (entry.seq_id, layer, entry.num_tokens):
+                    raise BadRequest("SPLIT is for another sequence, layer or number of rows")
+                ours = self._shares.answer(request, self._local, x.q_i8[at], x.q_scale[at], self._sink)
+                theirs = self._shares.other_share(entry.num_tokens)
+                o[at], row_sum[at] = ours[0] + theirs[0], ours[1] + theirs[1]
+        return o, row_sum
+
+    def _whole(self, layer: int, batch: Batch, x: AttentionInput) -> tuple[I64, I32]:
         o, row_sum = self._local.attention(layer, batch, x)
         if self._check is AttentionCheck.TRANSFER:
             for entry, rows in zip(batch.entries, batch.slices(), strict=True):
@@ -77,11 +101,22 @@ class CpuBackend:
         max_pages = -(-kv_tokens // 256) + max_sequences
         self.operations = LocalOperations(model.config, packed.__getitem__, kernels, max_pages=max_pages)
 
-    def step(self, batch: Batch, check: AttentionCheck, sink: ClaimSink | None) -> F32:
+    def step(
+        self, batch: Batch, check: AttentionCheck, sink: ClaimSink | None, split: frozenset[int], shares: SplitProver
+    ) -> F32:
         """See `Backend.step`. Raises: InternalError for tokens that do not continue their sequence; NumericsError."""
-        check_batch(self.tensors, batch, [self.length(e.seq_id) for e in batch.entries])
-        ops = self.operations if sink is None else _ClaimingOperations(self.operations, check, sink)
+        lengths = [e.start if e.seq_id in split else self.length(e.seq_id) for e in batch.entries]
+        check_batch(self.tensors, batch, lengths)
+        ops: Operations = self.operations
+        if sink is not None:
+            ops = _ClaimingOperations(self.operations, check, sink, split, shares)
         return forward(self.tensors, batch, ops, self._kernels)
+
+    def split(self, request: SplitRequest, sink: ClaimSink, shares: SplitProver) -> None:
+        """See `Backend.split`. Raises: BadRequest."""
+        if request.q_i8 is None or request.q_scale is None:
+            raise BadRequest("SPLIT comes without queries")
+        shares.answer(request, self.operations, request.q_i8, request.q_scale, sink)
 
     def linear(self, request: LinearRequest, sink: ClaimSink) -> None:
         """See `Backend.linear`."""

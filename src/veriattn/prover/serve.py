@@ -12,6 +12,7 @@ import numpy as np
 from veriattn.errors import InternalError, ModelError, VeriattnError
 from veriattn.prover.backend import Backend, ClaimSink
 from veriattn.prover.cpu import CpuBackend
+from veriattn.prover.split import SplitProver
 from veriattn.spec.constants import SPEC_VERSION
 from veriattn.spec.forward import Batch, BatchEntry
 from veriattn.wire.channel import Channel
@@ -32,6 +33,7 @@ from veriattn.wire.messages import (
     encode_ready,
 )
 from veriattn.wire.operations import decode_attend, decode_linear, decode_weights, max_request_bytes
+from veriattn.wire.split import decode_split
 
 _LOGIT_ROWS = {LogitRows.NONE: "none", LogitRows.LAST: "last", LogitRows.ALL: "all"}
 
@@ -84,6 +86,7 @@ def serve(
         sink = make_sink(channel)
         limits, config = hello.limits, backend.config
         operation_bytes = max_request_bytes(config, limits) if hello.mode is Mode.OPERATIONS else 0
+        shares = SplitProver(channel, config, limits)
         while True:
             kind, payload = channel.recv_any(limits, operation_bytes=operation_bytes)
             if kind is Kind.SHUTDOWN:
@@ -97,10 +100,13 @@ def serve(
                 backend.attend(decode_attend(payload, config, limits), sink)
             elif hello.mode is Mode.OPERATIONS and kind is Kind.WEIGHTS:
                 backend.weights(decode_weights(payload, config, limits), sink)
+            elif hello.mode is Mode.OPERATIONS and kind is Kind.SPLIT:
+                backend.split(decode_split(payload, config, limits), sink, shares)
             elif hello.mode is not Mode.OPERATIONS and kind is Kind.STEP:
                 step = decode_step(payload, limits)
                 claims = sink if step.mode is Mode.CLAIMS else None
-                logits = backend.step(batch_of(step), step.attention_check, claims)
+                split = frozenset(e.seq_id for e in step.entries if e.split)
+                logits = backend.step(batch_of(step), step.attention_check, claims, split, shares)
                 if step.mode is Mode.LOGITS and logits.size:
                     channel.send(Kind.LOGITS, logits)
             else:

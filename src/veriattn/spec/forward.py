@@ -60,6 +60,13 @@ class Batch:
     def positions(self) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
         return np.concatenate([np.arange(e.start, e.start + e.num_tokens) for e in self.entries])
 
+    def without(self, seq_ids: frozenset[int]) -> tuple[Batch | None, list[int]]:
+        """The batch less some sequences (None if nothing is left), and which rows of this one it has."""
+        kept = tuple(e for e in self.entries if e.seq_id not in seq_ids)
+        slices = zip(self.entries, self.slices(), strict=True)
+        rows = [i for e, s in slices if e.seq_id not in seq_ids for i in range(s.start, s.stop)]
+        return (Batch(kept) if kept else None), rows
+
     def logit_rows(self) -> list[int]:
         """Rows of the flattened token axis whose logits are asked for, in order."""
         rows: list[int] = []

@@ -98,6 +98,10 @@ class LocalOperations:
             ]
         )
 
+    def gather(self, layer: int, seq_id: int, name: str) -> np.ndarray[Any, Any]:
+        """Contiguous copy (keys, kv_heads, ...) of what the cache holds of a sequence."""
+        return self._caches[layer].gather(seq_id, name)
+
     def weighted_values(self, layer: int, seq_id: int, p_u16: npt.NDArray[np.uint16]) -> I64:
         """O = P V. Shapes: P (heads, tokens, keys) -> (tokens, heads, d)."""
         cache = self._caches[layer]

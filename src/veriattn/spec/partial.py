@@ -10,8 +10,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from veriattn.spec.field import P as PRIME
 from veriattn.spec.field import U64
+from veriattn.spec.field import P as PRIME
 from veriattn.spec.reference import F32, I8, I32, I64, causal_mask, gather_pages, gemm_i8, weights_below
 
 U16 = npt.NDArray[np.uint16]

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +19,7 @@ from veriattn.native import (
     project_outputs,
     value_projection,
 )
+from veriattn.spec.field import P
 from veriattn.spec.forward import AttentionInput, Batch, BatchEntry
 from veriattn.spec.kv import PagedCache
 from veriattn.spec.model import ModelConfig
@@ -27,7 +28,8 @@ from veriattn.verifier.keys import REPETITIONS, U64, KeySet
 from veriattn.wire.channel import Channel
 from veriattn.wire.messages import AttentionCheck, Kind
 
-_LYING = "the prover is faulty or lying; nothing of this step was released"
+#: What to tell the user about any mismatch.
+LYING = "the prover is faulty or lying; nothing of this step was released"
 _NO_SUMS: U64 = np.empty((0, 0, 0), np.uint64)
 
 
@@ -76,6 +78,13 @@ class VerifiedCache:
         key_projection(k_i8, self._keys.positions(entry.start + entry.num_tokens), entry.start, sums)
         return before
 
+    def challenge_sum(self, layer: int, seq_id: int) -> U64:
+        """sum_j r_j k_j over all keys here, (kv_heads, 2, d)."""
+        sums = self._sums[layer].get(seq_id)
+        if sums is None:
+            return np.zeros((self._config.num_kv_heads, REPETITIONS, self._config.head_dim), np.uint64)
+        return sums
+
     def layer(self, layer: int) -> PagedCache:
         return self._layers[layer]
 
@@ -108,6 +117,7 @@ class ClaimChecker:
         self.config, self.keys, self.counts = config, keys, counts
         self.shapes = config.linear_shapes()
         self.cache = VerifiedCache(config, keys, track_scores)
+        self.prime = np.uint64(P)
         self._group = config.num_heads // config.num_kv_heads
 
     def linear(self, name: str, a_i8: I8, claimed_i32: I32) -> I32:
@@ -121,7 +131,7 @@ class ClaimChecker:
         ok = linear_check(claimed_i32, r, a_i8, u)
         if not bool(np.all(ok)):
             row = int(np.argmin(ok))
-            raise FreivaldsMismatch(f"{name}: the claimed product is wrong in row {row} of {len(ok)}", hint=_LYING)
+            raise FreivaldsMismatch(f"{name}: the claimed product is wrong in row {row} of {len(ok)}", hint=LYING)
         self.counts.linear_rows += len(ok)
         return claimed_i32
 
@@ -175,7 +185,7 @@ class ClaimChecker:
                 row, head = (int(v) for v in np.argwhere(ok == 0)[0])
                 head += (heads.start or 0) + (kv_heads.start if kv_heads else 0) * self._group
                 where = f"layers.{layer}.attention, sequence {seq_id}, position {start + row}, head {head}"
-                raise AttentionMismatch(f"{where}: the claimed scores are wrong", hint=_LYING)
+                raise AttentionMismatch(f"{where}: the claimed scores are wrong", hint=LYING)
             parts.append((row_sum, pg))
         return _join([p[0] for p in parts]), _join([p[1] for p in parts])
 
@@ -205,13 +215,13 @@ class ClaimChecker:
             claimed_i64, self.keys.attention(layer)[first_kv_head : first_kv_head + kv_heads]
         )
         if not in_range:
-            raise AttentionMismatch(f"{where}: a claimed output is 2**39 or larger", hint=_LYING)
+            raise AttentionMismatch(f"{where}: a claimed output is 2**39 or larger", hint=LYING)
         ok = np.all(got == expected, axis=2)
         if not bool(np.all(ok)):
             row, head = (int(v) for v in np.argwhere(~ok)[0])
             head += first_kv_head * self._group
             raise AttentionMismatch(
-                f"{where}, position {start + row}, head {head}: the claimed output is wrong", hint=_LYING
+                f"{where}, position {start + row}, head {head}: the claimed output is wrong", hint=LYING
             )
         self.counts.attention_rows += ok.size
 
@@ -222,14 +232,29 @@ class ClaimChecker:
                 self.cache.layer(layer).free(seq_id)
 
 
+Attention = Callable[[int, Batch, AttentionInput], tuple[I64, I32]]
+
+
+class Split(Protocol):
+    """Attention that is shared with the prover where a sequence has outgrown it (verifier/split.py)."""
+
+    def attention(
+        self, layer: int, batch: Batch, x: AttentionInput, whole: Attention, *, mediated: bool
+    ) -> tuple[I64, I32]:
+        """`whole` for the sequences that the prover holds, the shared way for the others."""
+        ...
+
+
 class RunAheadOperations:
     """`spec.forward.Operations` over the claims of a prover that runs ahead: take the next one, check it, return it.
 
     Every shared byte is copied once into private memory; the copy is checked and the copy is used.
     """
 
-    def __init__(self, checker: ClaimChecker, channel: Channel, attention_check: AttentionCheck) -> None:
-        self._checker, self._channel, self._check = checker, channel, attention_check
+    def __init__(
+        self, checker: ClaimChecker, channel: Channel, attention_check: AttentionCheck, split: Split | None = None
+    ) -> None:
+        self._checker, self._channel, self._check, self._split = checker, channel, attention_check, split
 
     def _receive(self, out: npt.NDArray[np.generic]) -> None:
         t = time.monotonic()
@@ -244,6 +269,11 @@ class RunAheadOperations:
 
     def attention(self, layer: int, batch: Batch, x: AttentionInput) -> tuple[I64, I32]:
         """See `Operations.attention`. Raises: AttentionMismatch; ProverFault and below."""
+        if self._split is None:
+            return self._whole(layer, batch, x)
+        return self._split.attention(layer, batch, x, self._whole, mediated=False)
+
+    def _whole(self, layer: int, batch: Batch, x: AttentionInput) -> tuple[I64, I32]:
         checker, c = self._checker, self._checker.config
         slices = batch.slices()
         before = checker.append(layer, batch, x)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TypeVar
@@ -17,7 +18,7 @@ from veriattn.native import key_projection
 from veriattn.native.kernels import attention_weights_paged
 from veriattn.spec.forward import AttentionInput, Batch
 from veriattn.spec.reference import I8, I32, I64
-from veriattn.verifier.checks import ClaimChecker
+from veriattn.verifier.checks import ClaimChecker, Split
 from veriattn.wire.channel import Channel
 from veriattn.wire.messages import AttentionCheck, Buffer, Kind
 from veriattn.wire.operations import (
@@ -64,7 +65,7 @@ class Tiling:
         return -(-tokens // self.row_tiles) if self.pipeline else tokens
 
 
-class _Sender:
+class QueuedSender:
     """Sends on a thread of its own, so that requests are under way while claims are taken.
 
     A channel allows one sender beside one receiver. An error is kept and raised in `flush`; the receiving side meets the
@@ -104,11 +105,11 @@ class _Sender:
                     self._error = e
 
 
-class _Mediated:
+class _Mediated(ABC):
     """What both flows share: requests out, claims in, linears."""
 
-    def __init__(self, checker: ClaimChecker, channel: Channel) -> None:
-        self._checker, self._channel = checker, channel
+    def __init__(self, checker: ClaimChecker, channel: Channel, split: Split | None) -> None:
+        self._checker, self._channel, self._split = checker, channel, split
         self._index = {name: i for i, name in enumerate(checker.shapes)}
 
     def _receive(self, out: npt.NDArray[_Integer]) -> npt.NDArray[_Integer]:
@@ -116,6 +117,16 @@ class _Mediated:
         self._channel.recv(Kind.CLAIM, out.nbytes, out)
         self._checker.counts.receive_s += time.monotonic() - t
         return out
+
+    def attention(self, layer: int, batch: Batch, x: AttentionInput) -> tuple[I64, I32]:
+        """See `Operations.attention`."""
+        if self._split is None:
+            return self._whole(layer, batch, x)
+        return self._split.attention(layer, batch, x, self._whole, mediated=True)
+
+    @abstractmethod
+    def _whole(self, layer: int, batch: Batch, x: AttentionInput) -> tuple[I64, I32]:
+        """Attention of sequences whose keys the prover holds."""
 
     def _request_linear(self, name: str, a_i8: I8) -> list[Buffer]:
         return encode_linear(LinearRequest(self._index[name], a_i8))
@@ -133,8 +144,7 @@ class TsdpOperations(_Mediated):
         claimed = self._receive(np.empty((a_i8.shape[0], self._checker.shapes[name][0]), np.int32))
         return self._checker.linear(name, a_i8, claimed)
 
-    def attention(self, layer: int, batch: Batch, x: AttentionInput) -> tuple[I64, I32]:
-        """See `Operations.attention`."""
+    def _whole(self, layer: int, batch: Batch, x: AttentionInput) -> tuple[I64, I32]:
         checker, c = self._checker, self._checker.config
         before = checker.append(layer, batch, x)
         runs = tuple(Run(e.seq_id, e.start, e.num_tokens) for e in batch.entries)
@@ -163,9 +173,6 @@ class TsdpOperations(_Mediated):
             outputs.append(claimed)
         return np.concatenate(outputs), np.concatenate(row_sums)
 
-    def close(self) -> None:
-        """Nothing to end."""
-
 
 class VeriattnOperations(_Mediated):
     """The paper's workflow: all of attention on the prover, in head blocks and row tiles that overlap.
@@ -175,11 +182,16 @@ class VeriattnOperations(_Mediated):
     """
 
     def __init__(
-        self, checker: ClaimChecker, channel: Channel, attention_check: AttentionCheck, tiling: Tiling | None
+        self,
+        checker: ClaimChecker,
+        channel: Channel,
+        sender: QueuedSender,
+        attention_check: AttentionCheck,
+        tiling: Tiling | None,
+        split: Split | None,
     ) -> None:
-        super().__init__(checker, channel)
-        self._check, self._tiling = attention_check, tiling
-        self._sender = _Sender(channel)
+        super().__init__(checker, channel, split)
+        self._sender, self._check, self._tiling = sender, attention_check, tiling
 
     def linear(self, name: str, a_i8: I8) -> I32:
         """See `Operations.linear`. Rows travel in tiles, so that checking one overlaps with computing the next."""
@@ -193,8 +205,7 @@ class VeriattnOperations(_Mediated):
         self._sender.flush()
         return verified
 
-    def attention(self, layer: int, batch: Batch, x: AttentionInput) -> tuple[I64, I32]:
-        """See `Operations.attention`."""
+    def _whole(self, layer: int, batch: Batch, x: AttentionInput) -> tuple[I64, I32]:
         checker, c = self._checker, self._checker.config
         group = c.num_heads // c.num_kv_heads
         longest = max(e.start + e.num_tokens for e in batch.entries)
@@ -253,7 +264,3 @@ class VeriattnOperations(_Mediated):
                 request(blocks[b + 1])
         self._sender.flush()
         return outputs, row_sums
-
-    def close(self) -> None:
-        """End the sending thread; the channel must be closed or idle."""
-        self._sender.close()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import Enum
@@ -16,13 +16,14 @@ import numpy as np
 from veriattn.errors import InternalError, ProverFault, ProverUnavailable, UsageError, VeriattnError
 from veriattn.native import kernels
 from veriattn.spec.constants import SPEC_VERSION
-from veriattn.spec.forward import Batch, Operations, check_batch, forward
+from veriattn.spec.forward import Batch, BatchEntry, Operations, check_batch, forward
 from veriattn.spec.reference import F32
 from veriattn.verifier.checks import CheckCounts, ClaimChecker, RunAheadOperations
 from veriattn.verifier.isolation import Isolation, ProverProcess, spawn_prover
 from veriattn.verifier.keys import SOUNDNESS_BITS, KeySet
-from veriattn.verifier.mediated import Tiling, TsdpOperations, VeriattnOperations
+from veriattn.verifier.mediated import QueuedSender, Tiling, TsdpOperations, VeriattnOperations
 from veriattn.verifier.model import VerifierModel
+from veriattn.verifier.split import SplitAttention
 from veriattn.wire.channel import Channel, RingChannel
 from veriattn.wire.emulate import Throttle
 from veriattn.wire.messages import (
@@ -63,13 +64,21 @@ class Flow(Enum):
 
 @dataclass(frozen=True)
 class SessionConfig:
-    """What a session may use. Times in seconds. tiling: None for the paper's defaults by length (`veriattn` only)."""
+    """What a session may use. Times in seconds. tiling: None for the paper's defaults by length (`veriattn` only).
+
+    prover_kv_tokens, prover_kv_total: keys that the prover keeps, of one sequence and of all; None for no limit.
+    offload_ratio: share of the other keys that is streamed to it in each step, None to adapt it to measured times.
+    tee_memory_bytes: most that the keys and values kept here may take."""
 
     max_tokens_per_step: int = 512
     max_sequences: int = 64
     kv_tokens: int = 1 << 20
     attention_check: AttentionCheck = AttentionCheck.REPLAY
     tiling: Tiling | None = None
+    prover_kv_tokens: int | None = None
+    prover_kv_total: int | None = None
+    offload_ratio: float | None = None
+    tee_memory_bytes: int | None = None
     start_timeout_s: float = 600.0
     step_timeout_s: float = 300.0
 
@@ -148,6 +157,19 @@ class SessionStats:
         return self.checks.receive_s
 
 
+def cut_at_limits(batch: Batch, limits: Mapping[int, int]) -> list[Batch]:
+    """Cut runs that lie on both sides of their sequence's limit, so that each part lies on one."""
+    first, second = [], []
+    for e in batch.entries:
+        cut = limits.get(e.seq_id, 0) - e.start
+        if 0 < cut < e.num_tokens:
+            first.append(BatchEntry(e.seq_id, e.start, e.token_ids[:cut], "all" if e.logits == "all" else "none"))
+            second.append(BatchEntry(e.seq_id, e.start + cut, e.token_ids[cut:], e.logits))
+        else:
+            first.append(e)
+    return [Batch(tuple(part)) for part in (first, second) if part]
+
+
 class Session:
     """Drives one prover and releases only what has been checked.
 
@@ -181,7 +203,8 @@ class Session:
         self._keys = None if flow is Flow.UNVERIFIED else model.take_keys()
         self._checker: ClaimChecker | None = None
         self._ops: Operations | None = None
-        self._end_operations: Callable[[], None] = lambda: None
+        self._sender: QueuedSender | None = None
+        self._split: SplitAttention | None = None
         try:
             self._prover = launch(model)
         except VeriattnError:
@@ -197,16 +220,32 @@ class Session:
             self._checker, self._ops = self._operations(self._keys)
 
     def _operations(self, keys: KeySet) -> tuple[ClaimChecker, Operations]:
-        check = self.config.attention_check
-        track_scores = check is AttentionCheck.TRANSFER or self.flow is Flow.TSDP
+        config, channel = self.config, self.channel
+        limited = config.prover_kv_tokens is not None or config.prover_kv_total is not None
+        check = config.attention_check
+        track_scores = check is AttentionCheck.TRANSFER or self.flow is Flow.TSDP or limited
         checker = ClaimChecker(self.model.tensors.config, keys, track_scores, self.stats.checks)
+        if self.flow is Flow.VERIATTN or limited:
+            self._sender = QueuedSender(channel)
+        if limited and self._sender is not None:
+            self._split = SplitAttention(
+                checker,
+                channel,
+                self._sender,
+                config.offload_ratio,
+                config.tee_memory_bytes,
+                by_weights=self.flow is Flow.TSDP,
+            )
         if self.flow is Flow.TSDP:
-            return checker, TsdpOperations(checker, self.channel)
-        if self.flow is Flow.VERIATTN:
-            mediated = VeriattnOperations(checker, self.channel, check, self.config.tiling)
-            self._end_operations = mediated.close
-            return checker, mediated
-        return checker, RunAheadOperations(checker, self.channel, check)
+            return checker, TsdpOperations(checker, channel, self._split)
+        if self.flow is Flow.VERIATTN and self._sender is not None:
+            return checker, VeriattnOperations(checker, channel, self._sender, check, config.tiling, self._split)
+        return checker, RunAheadOperations(checker, channel, check, self._split)
+
+    @property
+    def split(self) -> SplitAttention | None:
+        """The shared part of attention, where the prover's capacity is limited."""
+        return self._split
 
     @property
     def verified(self) -> bool:
@@ -251,12 +290,11 @@ class Session:
         live = set(self._lengths) | {e.seq_id for e in batch.entries}
         if len(live) > self.config.max_sequences:
             raise UsageError(f"more than {self.config.max_sequences} sequences at a time")
+        self._assign_limits(batch)
         cpu = time.process_time()
         try:
             self.channel.timeout_s = self.config.step_timeout_s
-            if self.flow.mode is not Mode.OPERATIONS:
-                self._send_step(batch)
-            logits = self._replay(batch) if self._ops is not None else self._take_logits(batch)
+            logits = self._run_parts(batch)
         except VeriattnError as e:
             self._fail(e)
             raise
@@ -267,7 +305,6 @@ class Session:
         for entry in batch.entries:
             self._lengths[entry.seq_id] = entry.start + entry.num_tokens
         cpu = time.process_time() - cpu
-        self.stats.steps += 1
         self.stats.verify_cpu_s += cpu
         if self.verified:
             c = self.model.tensors.config
@@ -275,12 +312,46 @@ class Session:
             self.stats.checks.elementwise_replayed += 7 * c.num_layers * batch.num_tokens + 2 * len(batch.logit_rows())
         return logits
 
+    def _assign_limits(self, batch: Batch) -> None:
+        """First come, first served: a new sequence gets what is left of the prover's capacity. Raises: ConfigError."""
+        if self._split is None:
+            return
+        per, total = self.config.prover_kv_tokens, self.config.prover_kv_total
+        for e in batch.entries:
+            if e.seq_id not in self._split.limits:
+                left = None if total is None else max(0, total - sum(self._split.limits.values()))
+                limits = [v for v in (per, left) if v is not None]
+                self._split.limits[e.seq_id] = min(limits)
+        outside = [e.start + e.num_tokens - max(e.start, self._split.limits[e.seq_id]) for e in batch.entries]
+        self._split.cache.reserve(sum(max(0, n) for n in outside))
+
+    def _run_parts(self, batch: Batch) -> F32:
+        """The batch, with runs that cross their sequence's limit in two parts, one after the other."""
+        rows: dict[int, list[F32]] = {e.seq_id: [] for e in batch.entries}
+        for part in cut_at_limits(batch, {} if self._split is None else self._split.limits):
+            if self.flow.mode is not Mode.OPERATIONS:
+                self._send_step(part)
+            logits = self._replay(part) if self._ops is not None else self._take_logits(part)
+            self.stats.steps += 1
+            if self._split is not None:
+                self._split.end_step()
+            at = 0
+            for e in part.entries:
+                count = {"none": 0, "last": 1, "all": e.num_tokens}[e.logits]
+                rows[e.seq_id].append(logits[at : at + count])
+                at += count
+        return np.concatenate([piece for pieces in rows.values() for piece in pieces])
+
     def _send_step(self, batch: Batch) -> None:
+        limits = {} if self._split is None else self._split.limits
         step = Step(
             step=self.stats.steps,
             mode=self.flow.mode,
             attention_check=self.config.attention_check,
-            entries=tuple(StepEntry(e.seq_id, e.start, e.num_tokens, _LOGIT_ROWS[e.logits]) for e in batch.entries),
+            entries=tuple(
+                StepEntry(e.seq_id, e.start, e.num_tokens, _LOGIT_ROWS[e.logits], limits.get(e.seq_id))
+                for e in batch.entries
+            ),
             token_ids_i32=batch.token_ids(),
         )
         self.channel.send(Kind.STEP, encode_step(step))
@@ -306,6 +377,8 @@ class Session:
             return
         if self._checker is not None:
             self._checker.cache.free(seq_id)
+        if self._split is not None:
+            self._split.free(seq_id)
         try:
             self.channel.send(Kind.FREE, encode_free([seq_id]))
         except VeriattnError as e:
@@ -335,7 +408,8 @@ class Session:
                     self.channel.send(Kind.SHUTDOWN, timeout_s=1.0)
             # The sending thread, if there is one, must let go of the channel before it is closed.
             self.channel.abort()
-            self._end_operations()
+            if self._sender is not None:
+                self._sender.close()
             self._prover.terminate()
 
     def _destroy_keys(self) -> None:

@@ -47,6 +47,10 @@ class Kind(IntEnum):
     LINEAR = 16  # 16 to 18: requests of single operations (wire/operations.py)
     ATTEND = 17
     WEIGHTS = 18
+    SPLIT = 19  # 19 to 22: split attention (wire/split.py)
+    BLOCK = 20
+    NORMALISER = 21
+    SHARE = 22
     READY = 257
     CLAIM = 258
     LOGITS = 259
@@ -169,12 +173,21 @@ class Ready:
 
 @dataclass(frozen=True, slots=True)
 class StepEntry:
-    """One sequence's share of a STEP: tokens `start .. start + num_tokens - 1` of sequence `seq_id`."""
+    """One sequence's share of a STEP: tokens `start .. start + num_tokens - 1` of sequence `seq_id`.
+
+    kv_limit: how many leading positions of the sequence the prover keeps, None for all. A run lies on one side of it.
+    """
 
     seq_id: int
     start: int
     num_tokens: int
     logits: LogitRows
+    kv_limit: int | None = None
+
+    @property
+    def split(self) -> bool:
+        """Whether the run lies beyond the limit, so that its attention is shared with the verifier."""
+        return self.kv_limit is not None and self.start >= self.kv_limit
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,7 +281,10 @@ def encode_step(step: Step) -> bytes:
     """STEP payload: fixed part, entries, token ids."""
     token_ids = np.ascontiguousarray(step.token_ids_i32, dtype="<i4")
     head = _STEP.pack(step.step, step.mode, step.attention_check, len(step.entries), token_ids.size)
-    entries = b"".join(_STEP_ENTRY.pack(e.seq_id, e.start, e.num_tokens, e.logits, 0) for e in step.entries)
+    entries = b"".join(
+        _STEP_ENTRY.pack(e.seq_id, e.start, e.num_tokens, e.logits, 0 if e.kv_limit is None else e.kv_limit + 1)
+        for e in step.entries
+    )
     return head + entries + token_ids.tobytes()
 
 
@@ -292,10 +308,13 @@ def decode_step(payload: Buffer, limits: Limits) -> Step:
     entries = []
     for index in range(num_entries):
         fields = _STEP_ENTRY.unpack_from(raw, _STEP.size + index * _STEP_ENTRY.size)
-        seq_id, start, num_tokens, logits, pad = fields
-        if pad != 0 or logits > LogitRows.ALL or num_tokens < 1 or start + num_tokens > limits.max_positions:
+        seq_id, start, num_tokens, logits, limit = fields
+        if logits > LogitRows.ALL or num_tokens < 1 or start + num_tokens > limits.max_positions:
             raise BadRequest(f"STEP entry {index} is out of range")
-        entries.append(StepEntry(seq_id, start, num_tokens, LogitRows(logits)))
+        kv_limit = limit - 1 if limit else None
+        if kv_limit is not None and start < kv_limit < start + num_tokens:
+            raise BadRequest(f"STEP entry {index} lies on both sides of its limit")
+        entries.append(StepEntry(seq_id, start, num_tokens, LogitRows(logits), kv_limit))
     if sum(e.num_tokens for e in entries) != total:
         raise BadRequest("STEP entries do not add up to its tokens")
     if len({e.seq_id for e in entries}) != num_entries:

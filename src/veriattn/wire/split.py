@@ -53,7 +53,7 @@ def decode_split(payload: Buffer, config: ModelConfig, limits: Limits) -> SplitR
     if (
         layer >= config.num_layers
         or not 1 <= rows <= limits.max_tokens_per_step
-        or not 1 <= resident + streamed <= limits.max_positions
+        or resident + streamed > limits.max_positions
         or weights > 1
         or queries > 1
     ):
@@ -81,6 +81,14 @@ def encode_value_block(v_i8: npt.NDArray[np.int8]) -> list[Buffer]:
 def block_bytes(config: ModelConfig) -> int:
     """Largest payload of a BLOCK."""
     return _BLOCK.size + BLOCK_KEYS * config.num_kv_heads * (config.head_dim + 4)
+
+
+def max_split_bytes(config: ModelConfig, limits: Limits) -> int:
+    """Largest payload of any message of split attention under the limits."""
+    rows, heads, d = limits.max_tokens_per_step, config.num_heads, config.head_dim
+    queries = _SPLIT.size + rows * heads * (4 + d)
+    normaliser = max(4 * rows * heads, 2 * rows * heads * limits.max_positions)
+    return max(queries, block_bytes(config), normaliser, rows * heads * (8 * d + 4))
 
 
 def _decode_block(payload: Buffer, count: int, values: int, size: int) -> bytes:

@@ -1,0 +1,87 @@
+"""The prover's part of split attention: its own keys and those that are streamed to it, block by block."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from veriattn.prover.backend import ClaimSink
+from veriattn.spec.local import LocalOperations
+from veriattn.spec.model import ModelConfig
+from veriattn.spec.partial import share_outputs, share_scores, share_sums, share_weights
+from veriattn.spec.reference import F32, I8, I32, I64
+from veriattn.wire.channel import Channel
+from veriattn.wire.messages import BadRequest, Kind, Limits
+from veriattn.wire.split import (
+    SplitRequest,
+    block_sizes,
+    decode_array,
+    decode_key_block,
+    decode_split,
+    decode_value_block,
+    max_split_bytes,
+)
+
+
+class SplitProver:
+    """Answers SPLIT requests. Streamed keys and values live for one block, so memory does not grow with the share."""
+
+    def __init__(self, channel: Channel, config: ModelConfig, limits: Limits) -> None:
+        self._channel, self._config, self._limits = channel, config, limits
+        self._bytes = max_split_bytes(config, limits)
+
+    def _receive(self, kind: Kind) -> bytes:
+        got, payload = self._channel.recv_any(self._limits, operation_bytes=self._bytes)
+        if got is not kind:
+            raise BadRequest(f"{got.name} in place of {kind.name}")
+        return payload
+
+    def request(self) -> SplitRequest:
+        """The next message, which must be a SPLIT."""
+        return decode_split(self._receive(Kind.SPLIT), self._config, self._limits)
+
+    def answer(
+        self, request: SplitRequest, local: LocalOperations, q_i8: I8, q_scale: F32, sink: ClaimSink
+    ) -> tuple[I64, I32]:
+        """Claim scores and outputs of the share; returns O and L of the share (L is 0 where the verifier sends weights).
+
+        Raises: BadRequest for keys that are not there or messages out of order.
+        """
+        r, c = request, self._config
+        rows, heads = q_i8.shape[:2]
+        if local.layer_length(r.layer, r.seq_id) < r.resident:
+            raise BadRequest(f"sequence {r.seq_id} has fewer keys in layer {r.layer}")
+        if r.resident + r.streamed == 0:
+            return np.zeros(q_i8.shape, np.int64), np.zeros((rows, heads), np.int32)
+        name = f"layers.{r.layer}.{{}}.{r.seq_id}"
+        k, k_scale = (local.gather(r.layer, r.seq_id, f)[: r.resident] for f in ("k", "k_scale"))
+        scores, scales = [share_scores(q_i8, k)], [k_scale]
+        for count in block_sizes(r.streamed):
+            k_block, scale = decode_key_block(self._receive(Kind.BLOCK), count, c)
+            scores.append(share_scores(q_i8, k_block))
+            scales.append(scale)
+        scores_i32 = np.concatenate(scores, axis=2)
+        sink.claim(name.format("scores"), scores_i32)
+        payload = self._receive(Kind.NORMALISER)
+        if r.with_weights:
+            p_u16 = decode_array(payload, "<u2", scores_i32.shape).astype(np.uint16)
+            row_sums = np.zeros((rows, heads), np.int32)
+        else:
+            row_max = decode_array(payload, "<f4", (rows, heads)).astype(np.float32)
+            p_u16 = share_weights(scores_i32, q_scale, np.concatenate(scales), row_max)
+            row_sums = share_sums(p_u16)
+        at = r.resident
+        o = share_outputs(p_u16[:, :, :at], local.gather(r.layer, r.seq_id, "v")[:at])
+        for count in block_sizes(r.streamed):
+            v_block = decode_value_block(self._receive(Kind.BLOCK), count, c)
+            o += share_outputs(p_u16[:, :, at : at + count], v_block)
+            at += count
+        sink.claim(name.format("attention"), o)
+        return o, row_sums
+
+    def other_share(self, rows: int) -> tuple[I64, I32]:
+        """Run-ahead: O and L of the verifier's share."""
+        c = self._config
+        raw = self._receive(Kind.SHARE)
+        cut = 8 * rows * c.num_heads * c.head_dim
+        o = decode_array(raw[:cut], "<i8", (rows, c.num_heads, c.head_dim)).astype(np.int64)
+        return o, decode_array(raw[cut:], "<i4", (rows, c.num_heads)).astype(np.int32)
