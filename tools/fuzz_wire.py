@@ -94,7 +94,7 @@ def open_pair(ring: bool) -> tuple[Channel, Channel]:
 
 def frames(raw: bytes) -> None:
     """`raw` says what a hostile side does; the other reads honestly until its first error."""
-    rng = random.Random(raw)  # noqa: S311
+    rng = random.Random(raw)
     ring, to_verifier = rng.random() < 0.5, rng.random() < 0.7
     verifier, prover = open_pair(ring)
     with verifier, prover:
@@ -137,7 +137,7 @@ def run_one(raw: bytes) -> None:
 
 def fuzz(seconds: float, seed: int, corpus: Path, inputs: int | None = None) -> int:
     """Number of inputs tried. Raises: what `run_one` raises, after keeping the input."""
-    rng = random.Random(seed)  # noqa: S311
+    rng = random.Random(seed)
     corpus.mkdir(parents=True, exist_ok=True)
     pool = seeds() + [path.read_bytes() for path in sorted(corpus.glob("*.bin"))]
     tracemalloc.start()

@@ -14,7 +14,7 @@ from veriattn.cli.doctor import doctor
 from veriattn.cli.generate import generate
 from veriattn.cli.models import convert, evaluate, pull
 from veriattn.cli.output import error_json, print_error, print_json
-from veriattn.errors import EXIT_INTERNAL, EXIT_INTERRUPTED, EXIT_OK, UsageError, VeriattnError
+from veriattn.errors import EXIT_INTERNAL, EXIT_INTERRUPTED, EXIT_OK, EXIT_USAGE, UsageError, VeriattnError
 
 EXIT_CODES = """\
 \b
@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         result = app.main(args=arguments, prog_name="veriattn", standalone_mode=False)
     except click.ClickException as error:
-        return _fail(_usage(error), arguments)
+        return _fail(UsageError(error.format_message()), arguments)
     except (click.Abort, KeyboardInterrupt):
         return _fail(Interrupted("interrupted"), arguments)
     except VeriattnError as error:
@@ -65,14 +65,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return result if isinstance(result, int) else EXIT_OK
 
 
-def _usage(error: click.ClickException) -> UsageError:
-    context = getattr(error, "ctx", None)
-    hint = f"`{context.command_path} --help` lists what there is" if context is not None else None
-    return UsageError(error.format_message(), hint=hint)
-
-
 def _fail(error: VeriattnError, arguments: Sequence[str]) -> int:
+    if error.hint is None and error.exit_code == EXIT_USAGE:
+        named = f" {arguments[0]}" if arguments and arguments[0] in app.commands else ""
+        error.hint = f"`veriattn{named} --help` says what is possible"
     print_error(error)
-    if "--json" in arguments and not getattr(error, "reported", False):
+    if "--json" in arguments:
         print_json({"error": error_json(error)})
     return error.exit_code

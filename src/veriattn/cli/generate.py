@@ -131,7 +131,7 @@ def _prompts(prompt: str | None, file: Path | None, *, raw: bool) -> list[str]:
     except OSError as error:
         raise ModelError(f"cannot read {file}: {error.strerror}", hint="--prompts-file names a text file") from error
     except UnicodeDecodeError as error:
-        raise ModelError(f"{file} is not UTF-8 text (byte {error.start})") from error
+        raise ModelError(f"{file} is not UTF-8 text (byte {error.start})", hint="save it as UTF-8") from error
     if len(data) > _MAX_PROMPTS_BYTES:
         raise ModelError(f"{file} is larger than {_MAX_PROMPTS_BYTES} bytes", hint="split it")
     prompts = [_line(file, number, line) for number, line in enumerate(lines, 1) if line.strip()]

@@ -148,9 +148,9 @@ def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except OSError as error:
-        raise ModelError(f"cannot read {path}: {error.strerror}") from error
+        raise ModelError(f"cannot read {path}: {error.strerror}", hint="name a text file") from error
     except UnicodeDecodeError as error:
-        raise ModelError(f"{path} is not UTF-8 text (byte {error.start})") from error
+        raise ModelError(f"{path} is not UTF-8 text (byte {error.start})", hint="save it as UTF-8") from error
 
 
 def _warnings(quality: Quality) -> list[str]:

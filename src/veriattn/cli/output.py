@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -83,17 +84,26 @@ class Progress:
         return add
 
 
+# All that moves a cursor or starts a command of a terminal: text of a model must not repaint what stands above it.
+_CONTROLS = dict.fromkeys([*range(0x20), *range(0x7F, 0xA0), 0x2028, 0x2029], "\ufffd") | {0x0A: "\n", 0x09: "\t"}
+
+
 class TextStream:
-    """Released text, written at once; with a mark, at the beginning of every line."""
+    """Released text, written at once; with a mark, at the beginning of every line.
+
+    On a terminal, and wherever there is a mark, control characters are shown as U+FFFD.
+    """
 
     def __init__(self, mark: str = "", *, to_stderr: bool = False) -> None:
         self._file = sys.stderr if to_stderr else sys.stdout
         self._mark = mark
+        self._tame = bool(mark) or self._file.isatty()
         self._line_open = False
 
     def write(self, text: str) -> None:
         """Show `text`."""
-        for line in text.splitlines(keepends=True):
+        text = text.translate(_CONTROLS) if self._tame else text
+        for line in re.findall(r"[^\n]*\n|[^\n]+", text):
             if self._mark and not self._line_open:
                 self._file.write(self._mark)
             self._file.write(line)
