@@ -13,16 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
-from tokenizers import Tokenizer
-
-from veriattn.convert.converter import Progress, convert, default_calibration_text
-from veriattn.convert.quality import Quality, evaluate, windows_of
+from veriattn.convert.converter import Progress, convert
+from veriattn.convert.quality import SAMPLE_WINDOW, Quality, measure
 from veriattn.convert.sources import Source
 from veriattn.errors import ModelError, UsageError
 from veriattn.spec.modelfile import MANIFEST_FILE, QUALITY_FILE, ModelDirectory
-
-SAMPLE_TOKENS = 512
-SAMPLE_WINDOW = 256
 
 
 @dataclass(frozen=True)
@@ -67,12 +62,9 @@ def build_model(
                 hint="conversion gives the same bits everywhere: please report this, with what `veriattn doctor` prints",
             )
         directory = ModelDirectory(staged)
-        tokenizer = Tokenizer.from_str(source.tokenizer_json())
-        ids = tokenizer.encode(default_calibration_text(), add_special_tokens=False).ids
-        windows = windows_of(ids[:SAMPLE_TOKENS], min(SAMPLE_WINDOW, directory.config.max_positions))
-        quality = evaluate(directory, source, windows, kernels, lambda done, total: tell("quality", done, total))
+        quality = measure(directory, source, kernels, progress=lambda done, total: tell("quality", done, total))
         record = {
-            "sample": "the text that ships with veriattn",
+            "sample": "quality.txt of the package",
             "window": SAMPLE_WINDOW,
             "quality": quality.to_json(),
             "source_path": None if source_path is None else str(source_path.absolute()),
