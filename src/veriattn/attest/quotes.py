@@ -97,7 +97,13 @@ class TdxVerifier:
         self._policy, self._root = policy, root_der
 
     def verify(self, evidence: Json, collateral: str | None, now: int) -> VerifiedQuote:
-        import dcap_qvl  # noqa: PLC0415 - an extra, and absent where no TDX quote is ever checked
+        try:
+            import dcap_qvl  # noqa: PLC0415 - an extra
+        except ImportError:
+            raise MissingCollateral(
+                "TDX quotes cannot be checked here: the package dcap-qvl is not installed",
+                hint="pip install 'veriattn[attest]'",
+            ) from None
 
         raw = hex_field(evidence, "quote", MAX_QUOTE_BYTES)
         text = collateral if collateral is not None else evidence.get("collateral")

@@ -42,8 +42,8 @@ class ReceiptService:
             raise ConfigError("rotate_before_s must be positive and below key_lifetime_s")
         self._subject, self._tls_keys, self._clock = subject, tuple(tls_keys), clock
         self._lifetime_s, self._rotate_before_s = key_lifetime_s, rotate_before_s
-        self.store = store or ReceiptStore()
-        self._quotes = quotes or QuoteCache(provider)
+        self.store = ReceiptStore() if store is None else store
+        self._quotes = QuoteCache(provider) if quotes is None else quotes
         self.provider_name = provider.name
         self._lock = threading.Lock()
         self._past: list[KeySet] = []
