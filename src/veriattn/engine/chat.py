@@ -199,17 +199,18 @@ class _BoundedEnvironment(ImmutableSandboxedEnvironment):
         return value
 
     def _replaced(self, text: object, args: Sequence[object]) -> None:
-        if isinstance(text, str) and len(args) >= 2 and isinstance(args[0], str) and isinstance(args[1], str):
-            times = len(text) // max(1, len(args[0])) + 1
-            if len(text) + times * len(args[1]) > MAX_RENDERED_CHARS:
+        self._measure(text, *args, printable=True)
+        if len(args) >= 2:
+            size, old, new = (len(str(value)) for value in (text, *args[:2]))
+            if size + (size // max(1, old) + 1) * new > MAX_RENDERED_CHARS:
                 raise _TemplateLimit("it replaces by too long a text too often")
 
     def _joined(self, separator: object, parts: object) -> None:
         if not isinstance(parts, str | list | tuple | Mapping | Undefined):
             raise _TemplateLimit("it joins something other than a list; pass it through `list` first")
-        if not isinstance(parts, Undefined) and isinstance(separator, str):
-            if self._measure(parts, printable=True) + len(parts) * len(separator) > MAX_RENDERED_CHARS:
-                raise _TemplateLimit("it joins too much text")
+        count = 0 if isinstance(parts, Undefined) else len(parts)
+        if self._measure(parts, printable=True) + count * self._measure(separator, printable=True) > MAX_RENDERED_CHARS:
+            raise _TemplateLimit("it joins too much text")
 
     def _bounded_filter(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         # jinja2 passes the context or environment first where the function asks for it.
@@ -228,7 +229,7 @@ class _BoundedEnvironment(ImmutableSandboxedEnvironment):
                 width = kwargs.get("width", values[1] if len(values) > 1 else 4)
                 if not (isinstance(width, int) and 0 <= width <= 16) and not isinstance(width, str):
                     raise _TemplateLimit("it indents by more than 16")
-                self._replaced(str(values[0]), ["\n", "\n" + width if isinstance(width, str) else " " * (width + 1)])
+                self._replaced(values[0], ["\n", "\n" + width if isinstance(width, str) else " " * (width + 1)])
             result = function(*args[:at], *values, **kwargs)
             self._measure(result)
             return result

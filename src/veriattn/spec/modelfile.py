@@ -32,6 +32,10 @@ _DTYPES: dict[str, np.dtype[Any]] = {
     "F16": np.dtype("<f2"),
     "F32": np.dtype("<f4"),
 }
+_MANIFEST_FIELDS = {
+    "format", "spec_version", "config", "tensors", "tokenizer_sha256", "chat_template_sha256", "generation", "source",
+    "conversion",
+}  # fmt: skip
 _MAX_MANIFEST_BYTES = 16 << 20
 _CHUNK_BYTES = 4 << 20
 _DAMAGED = "fetch or convert the model again"
@@ -86,29 +90,36 @@ def read_manifest(directory: Path) -> Manifest:
     raw = _bounded_read(directory / MANIFEST_FILE, _MAX_MANIFEST_BYTES)
     try:
         data = json.loads(raw)
+        canonical = canonical_json(data)
     except (ValueError, RecursionError):
         raise ModelError(f"{directory / MANIFEST_FILE} is not JSON", hint=_DAMAGED) from None
     _expect(isinstance(data, dict), "not an object")
+    # One meaning per digest: no field given twice, nothing that another parser might read differently.
+    _expect(raw == canonical, "not canonical JSON")
     _expect(data.get("format") == FORMAT, f"format is not {FORMAT!r}")
     version = data.get("spec_version")
-    if version != SPEC_VERSION:
+    if type(version) is not int or version != SPEC_VERSION:
         raise ModelError(
             f"model is for spec version {version!r}, this program implements {SPEC_VERSION}",
             hint="convert the model again with this version of veriattn",
         )
-    config = ModelConfig.from_json(data.get("config"))
+    odd = sorted(set(data) ^ _MANIFEST_FIELDS)
+    _expect(not odd, f"missing or unknown fields: {', '.join(odd)[:200]}")
+    config = ModelConfig.from_json(data["config"])
     tensors = data.get("tensors")
     specs = config.tensor_specs()
     _expect(isinstance(tensors, dict) and set(tensors) == set(specs), "its tensors are not those of its configuration")
     for name, (dtype, shape) in specs.items():
         t = tensors[name]
-        _expect(isinstance(t, dict) and t.get("dtype") == dtype and t.get("shape") == list(shape), f"tensor {name}")
-        _expect(_is_sha256(t.get("sha256")), f"hash of tensor {name}")
+        _expect(isinstance(t, dict) and _is_sha256(t.get("sha256")), f"hash of tensor {name}")
+        # As text: in Python 1, 1.0 and true are equal.
+        described = {"dtype": dtype, "shape": list(shape), "sha256": t["sha256"]}
+        _expect(canonical_json(t) == canonical_json(described), f"tensor {name}")
     template = data.get("chat_template_sha256")
     _expect(_is_sha256(data.get("tokenizer_sha256")), "tokenizer_sha256")
     _expect(template is None or _is_sha256(template), "chat_template_sha256")
     generation = data.get("generation")
-    _expect(isinstance(generation, dict), "generation")
+    _expect(isinstance(generation, dict) and set(generation) == {"bos_id", "eos_ids", "add_bos"}, "generation")
     bos, eos, add_bos = generation.get("bos_id"), generation.get("eos_ids"), generation.get("add_bos")
 
     def is_token(v: object) -> bool:
