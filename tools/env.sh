@@ -23,29 +23,29 @@ cpu_torch() {
     want="torch==${TORCH_VERSION:-2.13.0}"
     "$venv/bin/python" -c 'import torch' >/dev/null 2>&1 && return
     say "installing $want (CPU build)"
-    pip install -q "$want+cpu" 2>/dev/null && return
-    pip install -q --retries 1 --timeout 20 --index-url https://download.pytorch.org/whl/cpu "$want" 2>/dev/null && return
+    pip install -qq "$want+cpu" 2>/dev/null && return
+    pip install -qq --retries 1 --timeout 20 --index-url https://download.pytorch.org/whl/cpu "$want" 2>/dev/null && return
     say 'no CPU build within reach; taking the one that the index has'
-    pip install -q "$want"
+    pip install -qq "$want"
 }
 
 fresh
 case $kind in
     base)
         say 'installing veriattn (this compiles its native kernels)'
-        pip install -q -e .
+        pip install -qq -e .
         ;;
     dev)
         say 'installing the tools that the tests need'
         # The extra's own requirements, so that nothing is compiled twice.
         "$venv/bin/python" "$here/extra.py" dev >"$venv/dev.txt"
-        pip install -q -r "$venv/dev.txt"
+        pip install -qq -r "$venv/dev.txt"
         ;;
     torch)
         cpu_torch
         say 'installing veriattn and the tools that the tests need'
         "$venv/bin/python" "$here/extra.py" dev torch-test >"$venv/dev.txt"
-        pip install -q -r "$venv/dev.txt" -e .
+        pip install -qq -r "$venv/dev.txt" -e .
         ;;
     *)
         echo "usage: $0 VENV base|dev|torch" >&2
