@@ -13,7 +13,7 @@ from veriattn.wire.operations import AttendRequest, LinearRequest, WeightsReques
 from veriattn.wire.split import SplitRequest
 
 if TYPE_CHECKING:
-    from veriattn.prover.split import SplitProver
+    from veriattn.prover.split import SplitProver, SplitStep
 
 Array = np.ndarray[Any, Any]
 
@@ -33,10 +33,10 @@ class Backend(Protocol):
     config: ModelConfig
 
     def step(
-        self, batch: Batch, check: AttentionCheck, sink: ClaimSink | None, split: frozenset[int], shares: SplitProver
+        self, batch: Batch, check: AttentionCheck, sink: ClaimSink | None, split: SplitStep | None = None
     ) -> np.ndarray[Any, np.dtype[np.float32]]:
         """One step. With a sink, every claim goes there as soon as it is known. Attention of the sequences in `split` is
-        shared with the verifier through `shares`; their keys are not kept. Returns logits for the rows asked for."""
+        shared with the verifier; their keys are not kept. Returns logits for the rows asked for."""
         ...
 
     def linear(self, request: LinearRequest, sink: ClaimSink) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 
 from veriattn.native import kernels as native_kernels
 from veriattn.prover.backend import ClaimSink
-from veriattn.prover.split import SplitProver
+from veriattn.prover.split import SplitProver, SplitStep
 from veriattn.spec.forward import AttentionInput, Batch, Operations, check_batch, forward
 from veriattn.spec.local import LocalOperations
 from veriattn.spec.modelfile import ModelDirectory, TensorCollector
@@ -25,9 +25,9 @@ class _ClaimingOperations:
     verifier, who holds their later keys."""
 
     def __init__(
-        self, local: LocalOperations, check: AttentionCheck, sink: ClaimSink, split: frozenset[int], shares: SplitProver
+        self, local: LocalOperations, check: AttentionCheck, sink: ClaimSink, split: SplitStep | None = None
     ) -> None:
-        self._local, self._check, self._sink, self._split, self._shares = local, check, sink, split, shares
+        self._local, self._check, self._sink, self._split = local, check, sink, split
 
     def linear(self, name: str, a_i8: I8) -> I32:
         y = self._local.linear(name, a_i8)
@@ -35,21 +35,22 @@ class _ClaimingOperations:
         return y
 
     def attention(self, layer: int, batch: Batch, x: AttentionInput) -> tuple[I64, I32]:
-        if not self._split:
+        if self._split is None:
             return self._whole(layer, batch, x)
         o = np.empty(x.q_i8.shape, np.int64)
         row_sum = np.empty(x.q_i8.shape[:2], np.int32)
-        whole, rows = batch.without(self._split)
+        whole, rows = batch.without(self._split.seq_ids)
         if whole is not None:
             part = AttentionInput(x.q_i8[rows], x.q_scale[rows], x.k_i8[rows], x.k_scale[rows], x.v_i8[rows])
             o[rows], row_sum[rows] = self._whole(layer, whole, part)
+        shares = self._split.shares
         for entry, at in zip(batch.entries, batch.slices(), strict=True):
-            if entry.seq_id in self._split:
-                request = self._shares.request()
+            if entry.seq_id in self._split.seq_ids:
+                request = shares.request()
                 if (request.seq_id, request.layer, request.rows) != (entry.seq_id, layer, entry.num_tokens):
                     raise BadRequest("SPLIT is for another sequence, layer or number of rows")
-                ours = self._shares.answer(request, self._local, x.q_i8[at], x.q_scale[at], self._sink)
-                theirs = self._shares.other_share(entry.num_tokens)
+                ours = shares.answer(request, self._local, x.q_i8[at], x.q_scale[at], self._sink)
+                theirs = shares.other_share(entry.num_tokens)
                 o[at], row_sum[at] = ours[0] + theirs[0], ours[1] + theirs[1]
         return o, row_sum
 
@@ -101,15 +102,14 @@ class CpuBackend:
         max_pages = -(-kv_tokens // 256) + max_sequences
         self.operations = LocalOperations(model.config, packed.__getitem__, kernels, max_pages=max_pages)
 
-    def step(
-        self, batch: Batch, check: AttentionCheck, sink: ClaimSink | None, split: frozenset[int], shares: SplitProver
-    ) -> F32:
+    def step(self, batch: Batch, check: AttentionCheck, sink: ClaimSink | None, split: SplitStep | None = None) -> F32:
         """See `Backend.step`. Raises: InternalError for tokens that do not continue their sequence; NumericsError."""
-        lengths = [e.start if e.seq_id in split else self.length(e.seq_id) for e in batch.entries]
+        shared = frozenset() if split is None else split.seq_ids
+        lengths = [e.start if e.seq_id in shared else self.length(e.seq_id) for e in batch.entries]
         check_batch(self.tensors, batch, lengths)
         ops: Operations = self.operations
         if sink is not None:
-            ops = _ClaimingOperations(self.operations, check, sink, split, shares)
+            ops = _ClaimingOperations(self.operations, check, sink, split)
         return forward(self.tensors, batch, ops, self._kernels)
 
     def split(self, request: SplitRequest, sink: ClaimSink, shares: SplitProver) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 from veriattn.errors import InternalError, ModelError, VeriattnError
 from veriattn.prover.backend import Backend, ClaimSink
 from veriattn.prover.cpu import CpuBackend
-from veriattn.prover.split import SplitProver
+from veriattn.prover.split import SplitProver, SplitStep
 from veriattn.spec.constants import SPEC_VERSION
 from veriattn.spec.forward import Batch, BatchEntry
 from veriattn.wire.channel import Channel
@@ -105,8 +105,12 @@ def serve(
             elif hello.mode is not Mode.OPERATIONS and kind is Kind.STEP:
                 step = decode_step(payload, limits)
                 claims = sink if step.mode is Mode.CLAIMS else None
-                split = frozenset(e.seq_id for e in step.entries if e.split)
-                logits = backend.step(batch_of(step), step.attention_check, claims, split, shares)
+                shared = frozenset(e.seq_id for e in step.entries if e.split)
+                batch, check = batch_of(step), step.attention_check
+                if shared:
+                    logits = backend.step(batch, check, claims, SplitStep(shared, shares))
+                else:
+                    logits = backend.step(batch, check, claims)
                 if step.mode is Mode.LOGITS and logits.size:
                     channel.send(Kind.LOGITS, logits)
             else:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from veriattn.prover.backend import ClaimSink
@@ -85,3 +87,11 @@ class SplitProver:
         cut = 8 * rows * c.num_heads * c.head_dim
         o = decode_array(raw[:cut], "<i8", (rows, c.num_heads, c.head_dim)).astype(np.int64)
         return o, decode_array(raw[cut:], "<i4", (rows, c.num_heads)).astype(np.int32)
+
+
+@dataclass(frozen=True)
+class SplitStep:
+    """Which sequences of a step are shared with the verifier, and the exchange with it."""
+
+    seq_ids: frozenset[int]
+    shares: SplitProver
