@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from decimal import Decimal, localcontext
+from decimal import ROUND_HALF_EVEN, Context, Decimal, DivisionByZero, InvalidOperation, Overflow, localcontext
 
 import numpy as np
 import numpy.typing as npt
@@ -10,6 +10,16 @@ import numpy.typing as npt
 from veriattn.convert.checkpoint import FrequencyFactors, Llama3Scaling, RopeScaling
 
 _DIGITS = 40
+# Complete, so that no setting of the calling thread has a part in the result.
+_CONTEXT = Context(
+    prec=_DIGITS,
+    rounding=ROUND_HALF_EVEN,
+    Emin=-999999,
+    Emax=999999,
+    clamp=0,
+    flags=[],
+    traps=[InvalidOperation, DivisionByZero, Overflow],
+)
 _SPLIT = 256
 
 
@@ -47,8 +57,7 @@ def _cos_sin(angle: Decimal, two_pi: Decimal) -> tuple[Decimal, Decimal]:
 
 def inverse_frequencies(theta: float, rotary_dim: int, scaling: RopeScaling | None) -> list[Decimal]:
     """theta**(-2i/r), with Llama 3 scaling or explicit divisors. Exact inputs, 40 digits."""
-    with localcontext() as ctx:
-        ctx.prec = _DIGITS
+    with localcontext(_CONTEXT):
         two_pi = 2 * _pi()
         log_theta = Decimal(theta).ln()
         out = []
@@ -82,8 +91,7 @@ def rotary_tables(
     high_count = (positions + _SPLIT - 1) // _SPLIT
     cos = np.empty((high_count * _SPLIT, len(frequencies)), np.float32)
     sin = np.empty_like(cos)
-    with localcontext() as ctx:
-        ctx.prec = _DIGITS
+    with localcontext(_CONTEXT):
         two_pi = 2 * _pi()
         for i, f in enumerate(frequencies):
             low = np.array([[float(v) for v in _cos_sin(f * b, two_pi)] for b in range(_SPLIT)])
