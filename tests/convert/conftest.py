@@ -133,8 +133,9 @@ class Tiny:
                 continue
             _, i, key = name.split(".")
             if self.arch == "llama" and key in ("q", "k"):
-                values = llama_cpp_permute(values, self.heads if key == "q" else self.kv_heads)
-            out[f"blk.{i}.{names[key]}"] = values
+                out[f"blk.{i}.{names[key]}"] = llama_cpp_permute(values, self.heads if key == "q" else self.kv_heads)
+            else:
+                out[f"blk.{i}.{names[key]}"] = values
         if self.arch == "phi3":
             for i in range(self.layers):
                 qkv = [out.pop(f"blk.{i}.attn_{key}.weight") for key in "qkv"]

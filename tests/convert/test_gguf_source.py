@@ -201,7 +201,7 @@ def test_unsupported_architecture_and_tensors_are_named(make_gguf: Any, tmp_path
             open_source(parts.write(tmp_path / "b.gguf"))
     parts = make_gguf("llama")
     del parts.tensors["blk.1.ffn_norm.weight"]
-    with pytest.raises(ModelError, match="blk.1.ffn_norm.weight is missing"):
+    with pytest.raises(ModelError, match=r"blk\.1\.ffn_norm\.weight is missing"):
         open_source(parts.write(tmp_path / "c.gguf"))
 
 
@@ -209,7 +209,7 @@ def test_non_finite_weights_are_named(make_gguf: Any, tmp_path: Path) -> None:
     parts = make_gguf("llama")
     parts.tensors["blk.0.attn_q.weight"][40, 0] = np.nan
     source = open_source(parts.write(tmp_path / "m.gguf"))
-    with pytest.raises(ModelError, match="layers.0.q contains NaN"):
+    with pytest.raises(ModelError, match=r"layers\.0\.q contains NaN"):
         source.tensor("layers.0.q")
 
 

@@ -14,7 +14,6 @@ pytest.importorskip("torch.nn")
 transformers = pytest.importorskip("transformers")
 
 import torch  # noqa: E402
-
 from veriattn.convert.float_reference import FloatChunk, FloatKVCache, FloatReference  # noqa: E402
 from veriattn.convert.sources import open_source  # noqa: E402
 
