@@ -12,12 +12,13 @@ from typing import Any
 from veriattn.engine.scheduler import FinishReason, Scheduler, Sequence
 from veriattn.engine.strategies import GUARANTEES, Executor, ExecutorReport, LoadedModel, Strategy, load
 from veriattn.engine.text import IncrementalDecoder, StopMatcher, TextCodec
-from veriattn.errors import ProverTimeout, ProverUnavailable, UsageError, VeriattnError
+from veriattn.errors import ConfigError, ProverTimeout, ProverUnavailable, UsageError, VeriattnError
 from veriattn.spec.forward import Batch
 from veriattn.spec.sampler import SamplingParams, logprobs, sample
+from veriattn.verifier.launch import ChildProver, Launcher, Prover, RemoteProver
 from veriattn.verifier.mediated import Tiling
 from veriattn.verifier.model import VerifierModel
-from veriattn.verifier.session import ChildProver, Launcher, Prover, SessionConfig
+from veriattn.verifier.session import SessionConfig
 from veriattn.wire.emulate import Throttle
 from veriattn.wire.messages import AttentionCheck
 
@@ -26,6 +27,7 @@ from veriattn.wire.messages import AttentionCheck
 class EngineConfig:
     """Settings of an engine. Lengths in tokens, times in seconds.
 
+    prover_address: of a prover that listens (tcp://, vsock://, unix://); default: one is started here.
     prefill_chunk: most tokens of one step. retries: how often a prover that died or fell silent is replaced before the
     error is raised; a prover that was caught lying is never retried here.
     """
@@ -42,6 +44,7 @@ class EngineConfig:
     offload_ratio: float | None = None
     tee_memory_bytes: int | None = None
     prover_command: tuple[str, ...] | None = None
+    prover_address: str | None = None
     prover_threads: int | None = None
     start_timeout_s: float = 600.0
     step_timeout_s: float = 300.0
@@ -133,6 +136,8 @@ class Engine:
     ) -> None:
         self.config = config or EngineConfig()
         c = self.config
+        if c.prover_address is not None and (c.prover_command is not None or c.prover_threads is not None):
+            raise ConfigError("a prover at an address is started, and given threads, where it is")
         session_config = SessionConfig(
             max_tokens_per_step=c.prefill_chunk,
             max_sequences=c.max_sequences,
@@ -168,6 +173,8 @@ class Engine:
 
     def _launch(self, model: VerifierModel) -> Prover:
         c = self.config
+        if c.prover_address is not None:
+            return RemoteProver(c.prover_address, c.step_timeout_s, c.emulate_link)
         return ChildProver(model, c.prover_command, c.prover_threads, c.step_timeout_s, c.emulate_link)
 
     @property

@@ -12,6 +12,7 @@ import numpy as np
 from veriattn.errors import InternalError, ModelError, VeriattnError
 from veriattn.prover.backend import Backend, ClaimSink
 from veriattn.prover.cpu import CpuBackend
+from veriattn.prover.finder import ModelFinder
 from veriattn.prover.split import SplitProver, SplitStep
 from veriattn.spec.constants import SPEC_VERSION
 from veriattn.spec.forward import Batch, BatchEntry
@@ -37,6 +38,9 @@ from veriattn.wire.split import decode_split
 
 _LOGIT_ROWS = {LogitRows.NONE: "none", LogitRows.LAST: "last", LogitRows.ALL: "all"}
 
+#: A connection that says nothing does not keep a listening prover from others for longer than this.
+FIRST_MESSAGE_S = 60.0
+
 BackendFactory = Callable[[Hello], Backend]
 
 
@@ -50,10 +54,12 @@ class ChannelSink:
         self._channel.send(Kind.CLAIM, values)
 
 
-def cpu_backend(hello: Hello) -> Backend:
-    """The default factory."""
+def cpu_backend(hello: Hello, finder: ModelFinder | None = None) -> Backend:
+    """The default factory. With a finder the model's digest alone says which model. Raises: ModelError."""
+    if finder is None and not hello.model_path:
+        raise ModelError("the verifier names a model by digest, this prover knows no directories to look in")
     return CpuBackend(
-        Path(hello.model_path),
+        finder.find(hello.model_digest) if finder is not None else Path(hello.model_path),
         expected_digest=hello.model_digest,
         kv_tokens=hello.limits.kv_tokens,
         max_sequences=hello.limits.max_sequences,
@@ -74,10 +80,14 @@ def serve(
     channel: Channel,
     make_backend: BackendFactory = cpu_backend,
     make_sink: Callable[[Channel], ClaimSink] = ChannelSink,
+    first_message_s: float | None = None,
 ) -> None:
-    """Answer the verifier until SHUTDOWN or the end of the link. Faults of our own are reported in an ERROR message."""
+    """Answer the verifier until SHUTDOWN or the end of the link. Faults of our own are reported in an ERROR message.
+
+    first_message_s: how long to wait for HELLO; without end by default, since a parent process reads the weights first.
+    """
     try:
-        _, payload = channel.recv_any(None)
+        _, payload = channel.recv_any(None, first_message_s)
         hello = decode_hello(payload)
         if hello.spec != SPEC_VERSION:
             raise BadRequest(f"this prover implements spec version {SPEC_VERSION}")

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import socket
-import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Protocol
 
 import numpy as np
 
@@ -19,13 +16,11 @@ from veriattn.spec.constants import SPEC_VERSION
 from veriattn.spec.forward import Batch, BatchEntry, Operations, check_batch, forward
 from veriattn.spec.reference import F32
 from veriattn.verifier.checks import CheckCounts, ClaimChecker, RunAheadOperations
-from veriattn.verifier.isolation import Isolation, ProverProcess, spawn_prover
 from veriattn.verifier.keys import SOUNDNESS_BITS, KeySet
+from veriattn.verifier.launch import ChildProver, Launcher, Prover
 from veriattn.verifier.mediated import QueuedSender, Tiling, TsdpOperations, VeriattnOperations
 from veriattn.verifier.model import VerifierModel
 from veriattn.verifier.split import SplitAttention
-from veriattn.wire.channel import Channel, RingChannel
-from veriattn.wire.emulate import Throttle
 from veriattn.wire.messages import (
     READY_BYTES,
     AttentionCheck,
@@ -42,6 +37,8 @@ from veriattn.wire.messages import (
     encode_hello,
     encode_step,
 )
+
+__all__ = ["ChildProver", "Flow", "Launcher", "Prover", "Session", "SessionConfig", "SessionStats"]
 
 _LOGIT_ROWS = {"none": LogitRows.NONE, "last": LogitRows.LAST, "all": LogitRows.ALL}
 
@@ -81,66 +78,6 @@ class SessionConfig:
     tee_memory_bytes: int | None = None
     start_timeout_s: float = 600.0
     step_timeout_s: float = 300.0
-
-
-class Prover(Protocol):
-    """A running prover as a session sees it: a link, and something that can be ended."""
-
-    channel: Channel
-    pid: int | None
-    isolation: Isolation | None
-
-    def output_tail(self) -> str:
-        """The last that it printed, for people."""
-        ...
-
-    def terminate(self) -> None:
-        """End it; nothing of it is left."""
-        ...
-
-
-Launcher = Callable[[VerifierModel], Prover]
-
-
-class ChildProver:
-    """A prover started as a child process, linked by rings in a sealed memfd."""
-
-    def __init__(
-        self,
-        model: VerifierModel,
-        command: Sequence[str] | None = None,
-        threads: int | None = None,
-        timeout_s: float = 300.0,
-        throttle: Throttle | None = None,
-    ) -> None:
-        """Raises: ProverUnavailable."""
-        command = command or (sys.executable, "-m", "veriattn.prover")
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        extra = {} if threads is None else {"VERIATTN_THREADS": str(threads)}
-        try:
-            self._process: ProverProcess = spawn_prover(
-                command, theirs.fileno(), readable=[model.path], extra_environment=extra
-            )
-        except VeriattnError:
-            ours.close()
-            raise
-        finally:
-            theirs.close()
-        self.isolation: Isolation | None = self._process.isolation
-        self.pid: int | None = self._process.pid
-        try:
-            self.channel: Channel = RingChannel.offer(ours, timeout_s=timeout_s, throttle=throttle)
-        except VeriattnError:
-            ours.close()
-            self._process.terminate(0.0)
-            raise
-
-    def output_tail(self) -> str:
-        return self._process.output_tail()
-
-    def terminate(self) -> None:
-        self.channel.close()
-        self._process.terminate()
 
 
 @dataclass
@@ -266,9 +203,9 @@ class Session:
     def _greet(self, mode: Mode) -> Ready:
         if self.channel.session is None:
             raise InternalError("a channel without a session id")
-        hello = Hello(
-            SPEC_VERSION, self.channel.session, str(self.model.path.resolve()), self.model.digest, mode, self._limits
-        )
+        # Elsewhere our paths mean nothing, and are nobody's business: the digest names the model.
+        path = "" if self._prover.pid is None else str(self.model.path.resolve())
+        hello = Hello(SPEC_VERSION, self.channel.session, path, self.model.digest, mode, self._limits)
         self.channel.send(Kind.HELLO, encode_hello(hello))
         payload = self.channel.recv(Kind.READY, READY_BYTES, timeout_s=self.config.start_timeout_s)
         return decode_ready(payload.tobytes(), SPEC_VERSION)
@@ -390,9 +327,9 @@ class Session:
             raise ProverUnavailable(f"the session is closed ({self._closed})", hint="open a new session")
 
     def _fail(self, error: VeriattnError) -> None:
-        if isinstance(error, ProverFault) and error.hint is None:
-            tail = self._prover.output_tail()
-            error.hint = f"the prover's last output: {tail[-400:]}" if tail else None
+        tail = self._prover.output_tail() if isinstance(error, ProverFault) else ""
+        if tail:
+            error.hint = f"the prover's last output: {tail[-400:]}"
         self.close(error.code)
 
     def close(self, reason: str = "closed") -> None:

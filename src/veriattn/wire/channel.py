@@ -47,6 +47,7 @@ from veriattn.wire.transport import ControlLink, Role, Transport
 
 PROVER_FD_VARIABLE = "VERIATTN_PROVER_FD"
 DEFAULT_TIMEOUT_S = 120.0
+CONNECT_TIMEOUT_S = 10.0
 
 _GREETING = struct.Struct("<II8x")  # magic, transport; with a ring the segment's descriptor travels along
 _GREETING_MAGIC = 0x31474156  # "VAG1"
@@ -292,6 +293,8 @@ class StreamChannel(Channel):
     ) -> StreamChannel:
         """Verifier: connect to a prover that listens at tcp://HOST:PORT, vsock://CID:PORT or unix:///PATH.
 
+        timeout_s: of the channel; connecting itself gets at most CONNECT_TIMEOUT_S of it.
+
         Raises: UsageError (address); ProverUnavailable (nobody answers).
         """
         family, target = parse_address(address)
@@ -299,7 +302,7 @@ class StreamChannel(Channel):
             sock = socket.socket(family, socket.SOCK_STREAM)
         except OSError as error:
             raise UsageError(f"this machine cannot reach {address}: {error.strerror}") from error
-        sock.settimeout(timeout_s)
+        sock.settimeout(min(timeout_s, CONNECT_TIMEOUT_S))
         try:
             sock.connect(target)  # type: ignore[arg-type]
         except OSError as error:

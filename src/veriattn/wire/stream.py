@@ -13,6 +13,7 @@ from veriattn.wire.transport import Role, poll_ms
 _BUFFER_BYTES = 256 * 1024
 _DIRECT_BYTES = 64 * 1024  # larger pieces go straight into their place
 _IDLE_MS = 1000.0
+_KEEPALIVE = {socket.TCP_KEEPIDLE: 60, socket.TCP_KEEPINTVL: 15, socket.TCP_KEEPCNT: 4}
 
 
 class StreamTransport:
@@ -22,6 +23,10 @@ class StreamTransport:
         sock.setblocking(False)
         if sock.family in (socket.AF_INET, socket.AF_INET6):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            # A host that vanished without a word is noticed within about two minutes, by whichever side waits.
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            for option, value in _KEEPALIVE.items():
+                sock.setsockopt(socket.IPPROTO_TCP, option, value)
         self._sock, self._role = sock, role
         self._reader, self._writer = select.poll(), select.poll()
         self._reader.register(sock, select.POLLIN)
