@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from tests.helpers import ARCHITECTURES, make_model
 
 from veriattn.engine.engine import Engine, EngineConfig, Request
 from veriattn.engine.strategies import STRATEGIES, Strategy
@@ -91,24 +91,21 @@ def test_same_tokens_over_an_emulated_link(
         assert [s.output_ids for s in engine.generate(requests(2)[:4])] == [ids[:2] for ids in expected[:4]]
 
 
-ARCHITECTURES: dict[str, dict[str, object]] = {
-    "bias-and-center": {"qkv_bias": True, "k_center": True},
-    "qk-norm": {"qk_norm": True, "rotary_dim": 12},
-    "one-kv-head": {"num_heads": 3, "num_kv_heads": 1},
-    "three-kv-heads": {"num_kv_heads": 3, "head_dim": 16, "vocab_size": 311},
-    "no-groups": {"num_heads": 5, "num_kv_heads": 5, "head_dim": 20, "num_layers": 1},
-}
-
-
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_same_tokens_for_every_architecture(architecture: str, make_model: Callable[..., Path]) -> None:
-    model = make_model(1, **ARCHITECTURES[architecture])
+def test_same_tokens_for_every_architecture(architecture: str, tmp_path: Path) -> None:
+    make_model(tmp_path / "model", **ARCHITECTURES[architecture])
+    tmp_path.chmod(0o755)
+    vocab = ARCHITECTURES[architecture].get("vocab_size", 300)
+    small = [
+        Request(tuple(t % vocab for t in r.prompt_ids), r.params, 4, ignore_eos=True)
+        for r in requests()[:3] + requests()[4:6]
+    ]
     got = {}
     for strategy in STRATEGIES:
-        with Engine(model, config(strategy, None, prefill_chunk=33)) as engine:
-            got[strategy] = [s.output_ids for s in engine.generate(requests(4)[2:6])]
+        with Engine(tmp_path / "model", config(strategy, None, prefill_chunk=33)) as engine:
+            got[strategy] = [s.output_ids for s in engine.generate(small)]
     assert all(ids == got["full-tee"] for ids in got.values())
-    assert len({tuple(ids) for ids in got["full-tee"]}) == 4
+    assert len({tuple(ids) for ids in got["full-tee"]}) >= 4
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
