@@ -281,12 +281,15 @@ class LyingChannel:
     def _slot_bytes(self) -> int:
         return int(self._transport._producer._slot)
 
-    def _word(self, offset: int) -> Any:
-        return self._transport._words.load(offset)
+    def _until_taken(self) -> None:
+        words = self._transport._words
+        while words.load(_FROM_PROVER + _TAIL) < words.load(_FROM_PROVER + _HEAD):
+            time.sleep(0.0005)
 
     def ring_head(self, kind: Kind, payload: tuple[Buffer, ...]) -> None:
         """The counter of published slots jumps by `value`."""
         self._channel.send(kind, *payload)
+        self._until_taken()
         self._applied()
         words = self._transport._words
         words.store(_FROM_PROVER + _HEAD, (words.load(_FROM_PROVER + _HEAD) + self._lie.attack.value) % 2**64)
@@ -316,9 +319,8 @@ class LyingChannel:
         """Every byte of the ring is overwritten as soon as a message has been taken."""
         self._applied()
         self._channel.send(kind, *payload)
-        words, (_, from_prover, _) = self._transport._words, self._transport._views
-        while words.load(_FROM_PROVER + _TAIL) < words.load(_FROM_PROVER + _HEAD):
-            time.sleep(0.0005)
+        self._until_taken()
+        _, from_prover, _ = self._transport._views
         from_prover[:] = b"\xa5" * len(from_prover)
 
     def ring_mutate(self, kind: Kind, payload: tuple[Buffer, ...]) -> None:

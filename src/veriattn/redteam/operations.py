@@ -15,6 +15,7 @@ import numpy as np
 from veriattn.native import kernels
 from veriattn.prover.backend import ClaimSink
 from veriattn.prover.cpu import CpuBackend
+from veriattn.prover.split import SplitStep
 from veriattn.redteam.attack import Array, Attack, apply_fault
 from veriattn.spec.forward import AttentionInput, Batch, BatchEntry, check_batch, forward
 from veriattn.spec.local import LocalOperations
@@ -258,16 +259,16 @@ class LyingBackend(CpuBackend):
             max_sequences=max_sequences,
         )
 
-    def step(self, batch: Batch, check: AttentionCheck, sink: ClaimSink | None) -> F32:
-        """See `Backend.step`."""
+    def step(self, batch: Batch, check: AttentionCheck, sink: ClaimSink | None, split: SplitStep | None = None) -> F32:
+        """See `Backend.step`. Shared sequences are computed honestly; their claims can still be tampered with."""
         lie = self.lie
         lie.step += 1
         attack = lie.attack
         if attack.kind == "other_token" and lie.step == attack.step:
             batch = self._other_token(batch)
         self.batch = batch
-        if sink is None:
-            return super().step(batch, check, sink)
+        if sink is None or split is not None:
+            return super().step(batch, check, sink, split)
         check_batch(self.tensors, batch, [self.length(e.seq_id) for e in batch.entries])
         ops = LyingOperations(self, lie, check, sink)
         used: Any = LyingKernels(self) if attack.kind == "wrong_position" else kernels
