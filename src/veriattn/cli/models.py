@@ -123,8 +123,8 @@ def evaluate(
     path = resolve_model(model)
     directory = ModelDirectory(path)
     content = _read_text(text)
-    reference = _reference(directory, source)
     windows = _windows(directory, content, max_tokens, window)
+    reference = _reference(directory, source)
     progress = Progress()
     try:
         quality = evaluate_model(

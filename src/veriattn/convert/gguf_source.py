@@ -145,7 +145,8 @@ class GgufSource:
         window_key = f"{self._arch}.attention.sliding_window"
         window = self._int("attention.sliding_window") if metadata.get(window_key) else None
         max_positions, notes = clamp_to_window(self._int("context_length"), window)
-        name = metadata.get("general.name", self.path.stem)
+        # Not the name of the file: the same checkpoint gives the same digest wherever it lies.
+        name = metadata.get("general.name", metadata.get("general.architecture", "gguf"))
         return SourceConfig(
             arch=_ARCHITECTURES[self._arch],
             hidden_size=hidden,

@@ -45,7 +45,9 @@ class HfSource:
         self.path = path
         if (path / "adapter_config.json").exists():
             raise ModelError(f"{path} is an adapter, not a whole model", hint="merge it into its base model first")
-        config = parse_hf_config(load_json(path / "config.json"), name=path.resolve().name)
+        values = load_json(path / "config.json")
+        # Not the name of the directory: the same checkpoint gives the same digest wherever it lies.
+        config = parse_hf_config(values, name=str(values.get("_name_or_path") or values.get("model_type")))
         self._tokenizer_config = self._optional("tokenizer_config.json")
         self._text = self._read_tokenizer()
         self._tokenizer = check_tokenizer_json(self._text, config.vocab_size)
