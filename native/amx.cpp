@@ -206,10 +206,25 @@ void attention(const AttentionArgs& s, i64 kv, i64 i0, i64 i1) {
     avx512::attention_with(s, kv, i0, i1, s.d == 64 || s.d == 128 ? scores : nullptr);
 }
 
+i64 peak(i64 rounds) {
+    alignas(64) static const uint8_t zeros[1024] = {};
+    Tiles in_use;
+    load<0>(zeros, 64), load<1>(zeros, 64), load<2>(zeros, 64), load<3>(zeros, 64);
+    load<4>(zeros, 64), load<5>(zeros, 64), load<6>(zeros, 64), load<7>(zeros, 64);
+    for (i64 r = 0; r < rounds; r++) {
+        multiply_su<0, 4, 6>();
+        multiply_su<1, 4, 7>();
+        multiply_su<2, 5, 6>();
+        multiply_su<3, 5, 7>();
+    }
+    return rounds * 4 * 16 * 16 * 64;
+}
+
 Kernels table() {
     Kernels k = avx512_kernels;
     k.gemm = gemm;
     k.attention = attention;
+    k.peak = peak;
     return k;
 }
 

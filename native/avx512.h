@@ -27,6 +27,7 @@ void transfer(const TransferArgs& s, i64 kv);
 void dot_i32(const int32_t* y, i64 n, const uint64_t* r, i64 t0, i64 t1, int32_t* copy, uint64_t* out);
 void dot_i8(const int8_t* a, i64 stride, i64 k, const uint64_t* u, i64 t0, i64 t1, uint64_t* out, i64 out_stride);
 bool dot_i64(const int64_t* o, i64 stride, i64 k, const uint64_t* u, i64 t0, i64 t1, uint64_t* out, i64 out_stride);
+i64 peak(i64 rounds);
 void project(const int8_t* w, i64 n, i64 k, const uint64_t* r, i64 reps, i64 k0, i64 k1, uint64_t* u);
 
 // One load of a claim, never repeated by the compiler: its memory may be shared with the claim's maker.

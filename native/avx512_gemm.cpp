@@ -136,5 +136,17 @@ void gemm(const uint8_t* packed, i64 n, i64 k, const int8_t* a, i64 m, i64 n0, i
     }
 }
 
+i64 peak(i64 rounds) {
+    __m512i acc[16];
+    const __m512i a = _mm512_set1_epi8(3), b = _mm512_set1_epi8(5);
+    VA_UNROLL
+    for (int x = 0; x < 16; x++) acc[x] = a;
+    for (i64 r = 0; r < rounds; r++) {
+        VA_UNROLL
+        for (int x = 0; x < 16; x++) asm volatile("vpdpbusd %2, %1, %0" : "+v"(acc[x]) : "v"(a), "v"(b));
+    }
+    return rounds * 16 * 64;
+}
+
 }  // namespace avx512
 }  // namespace va

@@ -35,7 +35,9 @@ def test(target: Path, sanitize: bool) -> int:
     if sanitize:
         # The interpreter itself is not instrumented: the runtimes must come first, and its own leaks are not ours.
         runtimes = [
-            subprocess.run(["c++", f"-print-file-name={name}"], check=True, capture_output=True, text=True).stdout.strip()
+            subprocess.run(
+                ["c++", f"-print-file-name={name}"], check=True, capture_output=True, text=True
+            ).stdout.strip()
             for name in ("libasan.so", "libubsan.so", "libstdc++.so")
         ]
         env |= {
@@ -50,7 +52,9 @@ def test(target: Path, sanitize: bool) -> int:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sanitize", action="store_true", help="AddressSanitizer and UBSan, in a folder below build/")
-    parser.add_argument("--emulate-amx", action="store_true", help="AMX tiles in plain memory, in a folder below build/")
+    parser.add_argument(
+        "--emulate-amx", action="store_true", help="AMX tiles in plain memory, in a folder below build/"
+    )
     parser.add_argument("--test", action="store_true", help="also run tests/native against the build")
     args = parser.parse_args()
     target = build(args.sanitize, args.emulate_amx)
