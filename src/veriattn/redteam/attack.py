@@ -22,13 +22,15 @@ class Attack:
 
     kind: see `veriattn.redteam.liar`. step, claim: where; claims carry the names that the backend gives them,
     `layers.0.qkv`, `layers.0.scores.SEQUENCE`, `layers.0.attention`, ..., `lm_head`; before them `START`, `HELLO`, `READY`.
-    fault, index, value, seed: how values change. consistent: the liar goes on computing with its lie, so that everything
-    downstream agrees with it. text: a path, a message, a header field.
+    nth: which claim of that name, where it travels in tiles (-1: all). fault, index, value, seed: how values change.
+    consistent: the liar goes on computing with its lie, so that everything downstream agrees with it. text: a path, a
+    message, a header field.
     """
 
     kind: str = "honest"
     step: int = 0
     claim: str = ""
+    nth: int = -1
     fault: str = ""
     index: int = 0
     value: int = 0

@@ -78,7 +78,7 @@ def value_cases(config: ModelConfig) -> Iterator[Case]:
         "minus_one": Attack("fault", fault="add", index=0, value=-1),
         "plus_2_16": Attack("fault", fault="add", index=1, value=1 << 16),
         "minus_2_30": Attack("fault", fault="add", index=2, value=-(1 << 30)),
-        "element": Attack("fault", fault="element", index=3, seed=1),
+        "random_element": Attack("fault", fault="element", index=3, seed=1),
         "last_element": Attack("fault", fault="add", index=-1, value=1),
         "every_element": Attack("fault", fault="every", value=1),
         "zero": Attack("fault", fault="zero"),

@@ -46,7 +46,6 @@ from veriattn.wire.messages import (
     Buffer,
     Hello,
     Kind,
-    Limits,
     Ready,
     byte_view,
     encode_error,
@@ -66,6 +65,7 @@ class LyingSink:
         self._channel, self._lie = channel, lie
         self._kept: dict[str, Array] = {}
         self._held: tuple[str, Array] | None = None
+        self._met = 0
 
     def claim(self, name: str, values: Array) -> None:
         """See `ClaimSink.claim`."""
@@ -82,6 +82,9 @@ class LyingSink:
     def _lied(self, name: str, values: Array) -> Array:
         lie, attack = self._lie, self._lie.attack
         if attack.kind == "fault" and lie.here(name):
+            self._met += 1
+            if attack.nth not in (-1, self._met - 1):
+                return values
             claimed = apply_fault(values, attack)
             lie.report_change(name, values, claimed)
             if attack.consistent:
@@ -107,9 +110,12 @@ class LyingChannel:
         self._done = False
         self._transport: Any = channel._transport
 
-    def recv_any(self, limits: Limits | None, *, operation_bytes: int = 0) -> tuple[Kind, bytes]:
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._channel, name)
+
+    def recv_any(self, *args: Any, **kwargs: Any) -> tuple[Kind, bytes]:
         """As the channel's."""
-        kind, payload = self._channel.recv_any(limits, operation_bytes=operation_bytes)
+        kind, payload = self._channel.recv_any(*args, **kwargs)
         if kind is Kind.HELLO:
             self._at("HELLO")
         return kind, payload

@@ -11,12 +11,13 @@ import numpy as np
 from veriattn.engine.strategies import FullTeeExecutor, TeeWeights
 from veriattn.errors import InternalError, ProverUnavailable, VeriattnError
 from veriattn.redteam.attack import Attack
-from veriattn.redteam.launcher import LiarPool
+from veriattn.redteam.launcher import GEOMETRY, LiarPool
 from veriattn.spec.forward import Batch, BatchEntry
 from veriattn.spec.reference import F32
 from veriattn.verifier.model import VerifierModel
 from veriattn.verifier.session import Flow, Session, SessionConfig
 from veriattn.wire.messages import AttentionCheck
+from veriattn.wire.ring import RingGeometry
 
 PROMPT = 6
 
@@ -79,6 +80,7 @@ def run_trial(
     check: AttentionCheck,
     timeout_s: float = 60.0,
     flow: Flow = Flow.RUN_AHEAD,
+    geometry: RingGeometry = GEOMETRY,
 ) -> Outcome:
     """Run the script until it ends or the session does. Problems: wrong logits, or a session that lives after an error."""
     config = SessionConfig(attention_check=check, step_timeout_s=timeout_s, start_timeout_s=timeout_s)
@@ -87,7 +89,7 @@ def run_trial(
     pool.last = None
     problems: list[str] = []
     try:
-        session = Session(model, pool.launcher(attack), config, flow)
+        session = Session(model, pool.launcher(attack, geometry, timeout_s), config, flow)
         for number, batch in enumerate(script.batches):
             if number == FREE_BEFORE:
                 session.free(FREED)
