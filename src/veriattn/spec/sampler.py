@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from veriattn.errors import NumericsError, UsageError
 from veriattn.spec.constants import LOG2E
@@ -206,18 +205,25 @@ def sample(
     if params.greedy or params.top_k == 1:
         return best
     weights = _weights(x, top, params.temperature)
-    # An id of weight 0 cannot be drawn and adds to no sum, so leaving it out here changes nothing.
+    u = uniform_u64(params.seed, position, choice)
     q_min, q_top = math.floor(params.min_p * 2**32), math.floor(params.top_p * 2**32)
-    kept: I64 = np.flatnonzero(weights * 4 >= max(q_min, 1))
+    if q_min == 0 and params.top_k == 0 and q_top == 2**32:
+        return _draw(weights, u)
+    # An id of weight 0 cannot be drawn and adds to no sum, so leaving it out here changes nothing.
+    kept: I64 = np.flatnonzero(weights >= max(-(-q_min // 4), 1))
     if 0 < params.top_k < len(kept):
         kept = _first_in_order(x, kept, params.top_k)
         kept.sort()
     if q_top < 2**32:
         kept = _nucleus(x, weights, kept, q_top)
         kept.sort()
-    cumulative: npt.NDArray[np.int64] = np.cumsum(weights[kept])
-    target = (uniform_u64(params.seed, position, choice) * int(cumulative[-1])) >> 64
-    return int(kept[int(np.searchsorted(cumulative, target, side="right"))])
+    return int(kept[_draw(weights[kept], u)])
+
+
+def _draw(weights: I64, u: int) -> int:
+    """The first index whose cumulative weight exceeds (u * sum) >> 64. Overwrites `weights`."""
+    cumulative = np.cumsum(weights, out=weights)
+    return int(np.searchsorted(cumulative, (u * int(cumulative[-1])) >> 64, side="right"))
 
 
 def logprobs(logits: F32, token_id: int, top_n: int) -> tuple[float, list[tuple[int, float]]]:
