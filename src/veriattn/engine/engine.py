@@ -13,6 +13,7 @@ from veriattn.engine.scheduler import FinishReason, Scheduler, Sequence
 from veriattn.engine.strategies import GUARANTEES, Executor, ExecutorReport, LoadedModel, Strategy, load
 from veriattn.engine.text import IncrementalDecoder, StopMatcher, TextCodec
 from veriattn.errors import ConfigError, ProverTimeout, ProverUnavailable, UsageError, VeriattnError
+from veriattn.shield.permutation import ShieldMode
 from veriattn.spec.forward import Batch
 from veriattn.spec.sampler import SamplingParams, logprobs, sample
 from veriattn.verifier.launch import ChildProver, Launcher, Prover, RemoteProver
@@ -43,6 +44,8 @@ class EngineConfig:
     prover_kv_total: int | None = None
     offload_ratio: float | None = None
     tee_memory_bytes: int | None = None
+    kv_shield: ShieldMode = "off"
+    shield_first_layers: int = 0
     prover_command: tuple[str, ...] | None = None
     prover_address: str | None = None
     prover_threads: int | None = None
@@ -148,6 +151,8 @@ class Engine:
             prover_kv_total=c.prover_kv_total,
             offload_ratio=c.offload_ratio,
             tee_memory_bytes=c.tee_memory_bytes,
+            kv_shield=c.kv_shield,
+            shield_first_layers=c.shield_first_layers,
             start_timeout_s=c.start_timeout_s,
             step_timeout_s=c.step_timeout_s,
         )

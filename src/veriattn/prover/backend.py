@@ -9,7 +9,7 @@ import numpy as np
 from veriattn.spec.forward import Batch
 from veriattn.spec.model import ModelConfig
 from veriattn.wire.messages import AttentionCheck
-from veriattn.wire.operations import AttendRequest, LinearRequest, WeightsRequest
+from veriattn.wire.operations import AttendRequest, LinearRequest, LoadRequest, WeightsRequest
 from veriattn.wire.split import SplitRequest
 
 if TYPE_CHECKING:
@@ -37,6 +37,10 @@ class Backend(Protocol):
     ) -> np.ndarray[Any, np.dtype[np.float32]]:
         """One step. With a sink, every claim goes there as soon as it is known. Attention of the sequences in `split` is
         shared with the verifier; their keys are not kept. Returns logits for the rows asked for."""
+        ...
+
+    def load_rows(self, request: LoadRequest) -> None:
+        """Take rows of a weight matrix in place of the model's; in effect when all rows of the matrix have come."""
         ...
 
     def linear(self, request: LinearRequest, sink: ClaimSink) -> None:

@@ -16,7 +16,7 @@ from veriattn.spec.local import LocalOperations
 from veriattn.spec.modelfile import ModelDirectory, TensorCollector
 from veriattn.spec.reference import F32, I8, I32, I64
 from veriattn.wire.messages import AttentionCheck, BadRequest
-from veriattn.wire.operations import AttendRequest, LinearRequest, Reply, WeightsRequest, row_tiles
+from veriattn.wire.operations import AttendRequest, LinearRequest, LoadRequest, Reply, WeightsRequest, row_tiles
 from veriattn.wire.split import SplitRequest
 
 
@@ -97,6 +97,8 @@ class CpuBackend:
         self.config = model.config
         self.tensors = collector.tensors()
         self._kernels = kernels
+        self._packed = packed
+        self._loading: dict[str, list[I8]] = {}
         self._linear_names = list(model.config.linear_shapes())
         # Pages are per sequence: each may leave one partly filled.
         max_pages = -(-kv_tokens // 256) + max_sequences
@@ -117,6 +119,17 @@ class CpuBackend:
         if request.q_i8 is None or request.q_scale is None:
             raise BadRequest("SPLIT comes without queries")
         shares.answer(request, self.operations, request.q_i8, request.q_scale, sink)
+
+    def load_rows(self, request: LoadRequest) -> None:
+        """See `Backend.load_rows`. Raises: BadRequest for rows out of order."""
+        name = self._linear_names[request.index]
+        rows, _ = self.config.linear_shapes()[name]
+        parts = self._loading.setdefault(name, [])
+        if sum(p.shape[0] for p in parts) != request.first_row:
+            raise BadRequest(f"rows of {name} come out of order")
+        parts.append(request.w_i8)
+        if request.first_row + request.w_i8.shape[0] == rows:
+            self._packed[name] = self._kernels.pack(np.concatenate(self._loading.pop(name)))
 
     def linear(self, request: LinearRequest, sink: ClaimSink) -> None:
         """See `Backend.linear`."""

@@ -33,7 +33,7 @@ from veriattn.wire.messages import (
     encode_error,
     encode_ready,
 )
-from veriattn.wire.operations import decode_attend, decode_linear, decode_weights, max_request_bytes
+from veriattn.wire.operations import decode_attend, decode_linear, decode_load, decode_weights, max_request_bytes
 from veriattn.wire.split import decode_split
 
 _LOGIT_ROWS = {LogitRows.NONE: "none", LogitRows.LAST: "last", LogitRows.ALL: "all"}
@@ -110,6 +110,8 @@ def serve(
                 backend.attend(decode_attend(payload, config, limits), sink)
             elif hello.mode is Mode.OPERATIONS and kind is Kind.WEIGHTS:
                 backend.weights(decode_weights(payload, config, limits), sink)
+            elif hello.mode is Mode.OPERATIONS and kind is Kind.LOAD:
+                backend.load_rows(decode_load(payload, config))
             elif hello.mode is Mode.OPERATIONS and kind is Kind.SPLIT:
                 backend.split(decode_split(payload, config, limits), sink, shares)
             elif hello.mode is not Mode.OPERATIONS and kind is Kind.STEP:

@@ -16,9 +16,11 @@ import numpy.typing as npt
 from veriattn.errors import VeriattnError
 from veriattn.native import key_projection
 from veriattn.native.kernels import attention_weights_paged
+from veriattn.shield.permutation import Shield
 from veriattn.spec.forward import AttentionInput, Batch
 from veriattn.spec.reference import I8, I32, I64
 from veriattn.verifier.checks import ClaimChecker, Split
+from veriattn.verifier.own import OwnLayers
 from veriattn.wire.channel import Channel
 from veriattn.wire.messages import AttentionCheck, Buffer, Kind
 from veriattn.wire.operations import (
@@ -108,8 +110,10 @@ class QueuedSender:
 class _Mediated(ABC):
     """What both flows share: requests out, claims in, linears."""
 
-    def __init__(self, checker: ClaimChecker, channel: Channel, split: Split | None) -> None:
-        self._checker, self._channel, self._split = checker, channel, split
+    def __init__(
+        self, checker: ClaimChecker, channel: Channel, split: Split | None, shield: Shield | None, own: OwnLayers | None
+    ) -> None:
+        self._checker, self._channel, self._split, self._shield, self._own = checker, channel, split, shield, own
         self._index = {name: i for i, name in enumerate(checker.shapes)}
 
     def _receive(self, out: npt.NDArray[_Integer]) -> npt.NDArray[_Integer]:
@@ -120,9 +124,38 @@ class _Mediated(ABC):
 
     def attention(self, layer: int, batch: Batch, x: AttentionInput) -> tuple[I64, I32]:
         """See `Operations.attention`."""
+        if self._own is not None and layer < self._own.count:
+            return self._own.attention(layer, batch, x)
         if self._split is None:
             return self._whole(layer, batch, x)
         return self._split.attention(layer, batch, x, self._whole, mediated=True)
+
+    def linear(self, name: str, a_i8: I8) -> I32:
+        """See `Operations.linear`. The first layers' projections stay here where the session says so."""
+        if self._own is not None and self._own.has(name):
+            return self._own.linear(name, a_i8)
+        return self._ask_linear(name, a_i8)
+
+    def _check_linear(self, name: str, a_i8: I8, claimed_i32: I32) -> I32:
+        """Check a claim, which a shield permutes for the q, k and v projections. Raises: FreivaldsMismatch."""
+        layer, _, operation = name.removeprefix("layers.").partition(".")
+        if self._shield is not None and operation == "qkv":
+            claimed_i32 = self._shield.restore_projection(int(layer), claimed_i32)
+        return self._checker.linear(name, a_i8, claimed_i32)
+
+    def _shown(self, layer: int, batch: Batch, x: AttentionInput) -> AttentionInput:
+        """Operands as the prover gets them."""
+        return x if self._shield is None else self._shield.apply(layer, batch, x)
+
+    def _restored(self, layer: int, seq_id: int, claimed_i64: I64, first_kv_head: int = 0) -> I64:
+        """Claimed outputs in the model's order of dimensions."""
+        if self._shield is None:
+            return claimed_i64
+        return self._shield.restore_outputs(layer, seq_id, claimed_i64, first_kv_head)
+
+    @abstractmethod
+    def _ask_linear(self, name: str, a_i8: I8) -> I32:
+        """Have the prover compute a linear, and check it."""
 
     @abstractmethod
     def _whole(self, layer: int, batch: Batch, x: AttentionInput) -> tuple[I64, I32]:
@@ -138,18 +171,18 @@ class TsdpOperations(_Mediated):
     Scores and outputs are checked; attention weights are the verifier's own and travel back. Raises: as `ClaimChecker`.
     """
 
-    def linear(self, name: str, a_i8: I8) -> I32:
-        """See `Operations.linear`."""
+    def _ask_linear(self, name: str, a_i8: I8) -> I32:
         self._channel.send(Kind.LINEAR, *self._request_linear(name, a_i8))
         claimed = self._receive(np.empty((a_i8.shape[0], self._checker.shapes[name][0]), np.int32))
-        return self._checker.linear(name, a_i8, claimed)
+        return self._check_linear(name, a_i8, claimed)
 
     def _whole(self, layer: int, batch: Batch, x: AttentionInput) -> tuple[I64, I32]:
         checker, c = self._checker, self._checker.config
         before = checker.append(layer, batch, x)
         runs = tuple(Run(e.seq_id, e.start, e.num_tokens) for e in batch.entries)
+        s = self._shown(layer, batch, x)
         request = AttendRequest(
-            layer, 0, c.num_kv_heads, Reply.SCORES, batch.num_tokens, runs, x.q_i8, x.q_scale, x.k_i8, x.k_scale, x.v_i8
+            layer, 0, c.num_kv_heads, Reply.SCORES, batch.num_tokens, runs, s.q_i8, s.q_scale, s.k_i8, s.k_scale, s.v_i8
         )
         self._channel.send(Kind.ATTEND, *encode_attend(request))
         cache = checker.cache.layer(layer)
@@ -169,6 +202,7 @@ class TsdpOperations(_Mediated):
         for run, pg, p_u16 in checked:
             self._channel.send(Kind.WEIGHTS, *encode_weights(WeightsRequest(layer, run.seq_id, p_u16)))
             claimed = self._receive(np.empty((run.num_tokens, c.num_heads, c.head_dim), np.int64))
+            claimed = self._restored(layer, run.seq_id, claimed)
             checker.outputs(layer, run.seq_id, run.start, claimed, pg)
             outputs.append(claimed)
         return np.concatenate(outputs), np.concatenate(row_sums)
@@ -189,19 +223,21 @@ class VeriattnOperations(_Mediated):
         attention_check: AttentionCheck,
         tiling: Tiling | None,
         split: Split | None,
+        shield: Shield | None,
+        own: OwnLayers | None,
     ) -> None:
-        super().__init__(checker, channel, split)
+        super().__init__(checker, channel, split, shield, own)
         self._sender, self._check, self._tiling = sender, attention_check, tiling
 
-    def linear(self, name: str, a_i8: I8) -> I32:
-        """See `Operations.linear`. Rows travel in tiles, so that checking one overlaps with computing the next."""
+    def _ask_linear(self, name: str, a_i8: I8) -> I32:
+        # Rows travel in tiles, so that checking one overlaps with computing the next.
         pipeline = self._tiling is None or self._tiling.pipeline
         tiles = row_tiles(a_i8.shape[0], _LINEAR_TILE_ROWS if pipeline else a_i8.shape[0])
         for tile in tiles:
             self._sender.send(Kind.LINEAR, self._request_linear(name, a_i8[tile]))
         verified = np.empty((a_i8.shape[0], self._checker.shapes[name][0]), np.int32)
         for tile in tiles:
-            self._checker.linear(name, a_i8[tile], self._receive(verified[tile]))
+            verified[tile] = self._check_linear(name, a_i8[tile], self._receive(verified[tile]))
         self._sender.flush()
         return verified
 
@@ -217,6 +253,7 @@ class VeriattnOperations(_Mediated):
         before = checker.append(layer, batch, x)
         outputs = np.empty((batch.num_tokens, c.num_heads, c.head_dim), np.int64)
         row_sums = np.empty((batch.num_tokens, c.num_heads), np.int32)
+        shown = self._shown(layer, batch, x)
 
         def request(kv: range) -> None:
             heads, kvs = slice(kv.start * group, kv.stop * group), slice(kv.start, kv.stop)
@@ -228,11 +265,11 @@ class VeriattnOperations(_Mediated):
                 reply,
                 tile_rows,
                 runs,
-                np.ascontiguousarray(x.q_i8[:, heads]),
-                np.ascontiguousarray(x.q_scale[:, heads]),
-                np.ascontiguousarray(x.k_i8[:, kvs]),
-                np.ascontiguousarray(x.k_scale[:, kvs]),
-                np.ascontiguousarray(x.v_i8[:, kvs]),
+                np.ascontiguousarray(shown.q_i8[:, heads]),
+                np.ascontiguousarray(shown.q_scale[:, heads]),
+                np.ascontiguousarray(shown.k_i8[:, kvs]),
+                np.ascontiguousarray(shown.k_scale[:, kvs]),
+                np.ascontiguousarray(shown.v_i8[:, kvs]),
             )
             self._sender.send(Kind.ATTEND, encode_attend(block))
 
@@ -258,6 +295,7 @@ class VeriattnOperations(_Mediated):
                     else:
                         row_sum, pg = checker.expected_by_replay(layer, run.seq_id, start, q, q_scale, kv)
                     claimed = self._receive(np.empty((*q.shape[:2], c.head_dim), np.int64))
+                    claimed = self._restored(layer, run.seq_id, claimed, kv.start)
                     checker.outputs(layer, run.seq_id, start, claimed, pg, kv.start)
                     outputs[at, heads], row_sums[at, heads] = claimed, row_sum
             if not tiling.pipeline and b + 1 < len(blocks):

@@ -12,14 +12,17 @@ import numpy as np
 
 from veriattn.errors import InternalError, ProverFault, ProverUnavailable, UsageError, VeriattnError
 from veriattn.native import kernels
+from veriattn.shield.permutation import Shield, ShieldMode
 from veriattn.spec.constants import SPEC_VERSION
 from veriattn.spec.forward import Batch, BatchEntry, Operations, check_batch, forward
+from veriattn.spec.modelfile import ModelDirectory
 from veriattn.spec.reference import F32
 from veriattn.verifier.checks import CheckCounts, ClaimChecker, RunAheadOperations
 from veriattn.verifier.keys import SOUNDNESS_BITS, KeySet
 from veriattn.verifier.launch import ChildProver, Launcher, Prover
 from veriattn.verifier.mediated import QueuedSender, Tiling, TsdpOperations, VeriattnOperations
 from veriattn.verifier.model import VerifierModel
+from veriattn.verifier.own import OwnLayers, read_matrices
 from veriattn.verifier.split import SplitAttention
 from veriattn.wire.messages import (
     READY_BYTES,
@@ -37,6 +40,7 @@ from veriattn.wire.messages import (
     encode_hello,
     encode_step,
 )
+from veriattn.wire.operations import LOAD_BYTES, LoadRequest, encode_load
 
 __all__ = ["ChildProver", "Flow", "Launcher", "Prover", "Session", "SessionConfig", "SessionStats"]
 
@@ -65,7 +69,8 @@ class SessionConfig:
 
     prover_kv_tokens, prover_kv_total: keys that the prover keeps, of one sequence and of all; None for no limit.
     offload_ratio: share of the other keys that is streamed to it in each step, None to adapt it to measured times.
-    tee_memory_bytes: most that the keys and values kept here may take."""
+    tee_memory_bytes: most that the keys and values kept here may take.
+    kv_shield, shield_first_layers: see shield/permutation.py and verifier/own.py; only where the TEE asks for operations."""
 
     max_tokens_per_step: int = 512
     max_sequences: int = 64
@@ -76,6 +81,8 @@ class SessionConfig:
     prover_kv_total: int | None = None
     offload_ratio: float | None = None
     tee_memory_bytes: int | None = None
+    kv_shield: ShieldMode = "off"
+    shield_first_layers: int = 0
     start_timeout_s: float = 600.0
     step_timeout_s: float = 300.0
 
@@ -125,6 +132,12 @@ class Session:
         Raises: ProverFault and below; ModelError when fresh keys need the weights and they have changed.
         """
         self.config = config or SessionConfig()
+        shielded = self.config.kv_shield != "off" or self.config.shield_first_layers
+        if shielded and flow.mode is not Mode.OPERATIONS:
+            raise UsageError(
+                f"a KV shield does not work with strategy {flow.value}, where the prover applies the rotary step",
+                hint="use --strategy veriattn or tsdp",
+            )
         self.model = model
         self.stats = SessionStats()
         self._lengths: dict[int, int] = {}
@@ -142,6 +155,8 @@ class Session:
         self._ops: Operations | None = None
         self._sender: QueuedSender | None = None
         self._split: SplitAttention | None = None
+        self._shield: Shield | None = None
+        self._own: OwnLayers | None = None
         try:
             self._prover = launch(model)
         except VeriattnError:
@@ -154,7 +169,40 @@ class Session:
             self._fail(e)
             raise
         if self._keys is not None:
+            try:
+                self._set_up_shield()
+            except VeriattnError as e:
+                self._fail(e)
+                raise
             self._checker, self._ops = self._operations(self._keys)
+
+    def _set_up_shield(self) -> None:
+        """Draw the permutations, keep the first layers' weights here, send the permuted projections to the prover.
+
+        The weights are hashed again on the way; those that the prover gets need no trust, its products are checked.
+        Raises: ModelError; ProverFault and below.
+        """
+        config, c = self.config, self.model.tensors.config
+        own = min(config.shield_first_layers, c.num_layers)
+        if config.kv_shield == "off" and own == 0:
+            return
+        kept = {f"layers.{i}.{part}" for i in range(own) for part in ("qkv", "o")}
+        sent = {f"layers.{i}.qkv" for i in range(own, c.num_layers)} if config.kv_shield != "off" else set()
+        directory = ModelDirectory(self.model.path, expected_digest=self.model.digest)
+        matrices = read_matrices(directory, kept | sent)
+        if own:
+            self._own = OwnLayers(c, own, {name: matrices[name] for name in kept})
+        if config.kv_shield == "off":
+            return
+        self._shield = Shield(c, config.kv_shield)
+        index = {name: i for i, name in enumerate(c.linear_shapes())}
+        for i in range(own, c.num_layers):
+            name = f"layers.{i}.qkv"
+            permuted = matrices[name][self._shield.row_order(i)]
+            rows = max(1, LOAD_BYTES // permuted.shape[1])
+            for first in range(0, permuted.shape[0], rows):
+                part = np.ascontiguousarray(permuted[first : first + rows])
+                self.channel.send(Kind.LOAD, *encode_load(LoadRequest(index[name], first, part)))
 
     def _operations(self, keys: KeySet) -> tuple[ClaimChecker, Operations]:
         config, channel = self.config, self.channel
@@ -172,11 +220,14 @@ class Session:
                 config.offload_ratio,
                 config.tee_memory_bytes,
                 by_weights=self.flow is Flow.TSDP,
+                shield=self._shield,
             )
         if self.flow is Flow.TSDP:
-            return checker, TsdpOperations(checker, channel, self._split)
+            return checker, TsdpOperations(checker, channel, self._split, self._shield, self._own)
         if self.flow is Flow.VERIATTN and self._sender is not None:
-            return checker, VeriattnOperations(checker, channel, self._sender, check, config.tiling, self._split)
+            return checker, VeriattnOperations(
+                checker, channel, self._sender, check, config.tiling, self._split, self._shield, self._own
+            )
         return checker, RunAheadOperations(checker, channel, check, self._split)
 
     @property
@@ -316,6 +367,10 @@ class Session:
             self._checker.cache.free(seq_id)
         if self._split is not None:
             self._split.free(seq_id)
+        if self._shield is not None:
+            self._shield.free(seq_id)
+        if self._own is not None:
+            self._own.free(seq_id)
         try:
             self.channel.send(Kind.FREE, encode_free([seq_id]))
         except VeriattnError as e:
@@ -350,6 +405,8 @@ class Session:
             self._prover.terminate()
 
     def _destroy_keys(self) -> None:
+        if self._shield is not None:
+            self._shield.destroy()
         if self._keys is not None:
             self._keys.destroy()
 

@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from veriattn.errors import AttentionMismatch, ConfigError, InternalError
 from veriattn.native import key_projection, linear_check, value_projection
+from veriattn.shield.permutation import Shield
 from veriattn.spec.forward import AttentionInput, Batch, BatchEntry
 from veriattn.spec.kv import PAGE, PagedCache
 from veriattn.spec.model import ModelConfig
@@ -158,7 +159,9 @@ class SplitAttention:
         max_bytes: int | None,
         *,
         by_weights: bool = False,
+        shield: Shield | None = None,
     ) -> None:
+        self._shield = shield
         self._checker, self._channel, self._sender = checker, channel, sender
         self._send = sender.send
         self._by_weights = by_weights
@@ -240,12 +243,12 @@ class SplitAttention:
         share = limit + streamed
         request = SplitRequest(
             entry.seq_id, layer, entry.num_tokens, limit, streamed, False,
-            q_i8 if mediated else None, q_scale if mediated else None,
+            self._shown_queries(layer, entry, q_i8) if mediated else None, q_scale if mediated else None,
         )  # fmt: skip
         began = time.monotonic()
         if share or not mediated:
             self._send(Kind.SPLIT, encode_split(request))
-        self._stream_keys(cache, entry.seq_id, streamed)
+        self._stream_keys(layer, entry.seq_id, streamed)
         busy = -time.monotonic()
         row_max = tail_maximum(q_i8, a["k"], a["k_scale"], tail_table, tail_start)
         busy += time.monotonic()
@@ -257,7 +260,7 @@ class SplitAttention:
             self._check_scores(layer, entry, limit, streamed, q_i8, claimed_scores)
             row_max = np.maximum(row_max, share_maximum(claimed_scores, scale))
             self._send(Kind.NORMALISER, [row_max])
-            self._stream_values(cache, entry.seq_id, streamed)
+            self._stream_values(layer, entry.seq_id, streamed)
             p_u16 = share_weights(claimed_scores, q_scale, scale, row_max)
             pg, row_sum = share_projection(p_u16, g), share_sums(p_u16)
         busy -= time.monotonic()
@@ -268,6 +271,7 @@ class SplitAttention:
         if share:
             claimed_o = np.empty(o.shape, np.int64)
             waited += self._receive(claimed_o)
+            claimed_o = self._restored(layer, entry, claimed_o)
             checker.outputs(layer, entry.seq_id, entry.start, claimed_o, pg)
             o, own_sum = o + claimed_o, own_sum + row_sum
         self._account(layer, entry, limit, streamed, busy, time.monotonic() - began - busy, waited)
@@ -289,13 +293,14 @@ class SplitAttention:
         """The same under `tsdp`: every non-resident key and value crosses the link, softmax is computed here."""
         if not mediated:
             raise InternalError("weights travel only where the verifier asks for each operation")
-        cache, limit, q_i8, q_scale = self.cache.layer(layer), self.limits[entry.seq_id], x.q_i8, x.q_scale
+        limit, q_i8, q_scale = self.limits[entry.seq_id], x.q_i8, x.q_scale
         self.cache.append(layer, entry, limit, x.k_i8, x.k_scale, x.v_i8)
         keys = entry.start + entry.num_tokens
         streamed = keys - limit
-        request = SplitRequest(entry.seq_id, layer, entry.num_tokens, limit, streamed, True, q_i8, q_scale)
+        shown = self._shown_queries(layer, entry, q_i8)
+        request = SplitRequest(entry.seq_id, layer, entry.num_tokens, limit, streamed, True, shown, q_scale)
         self._send(Kind.SPLIT, encode_split(request))
-        self._stream_keys(cache, entry.seq_id, streamed)
+        self._stream_keys(layer, entry.seq_id, streamed)
         claimed_scores = np.empty((q_i8.shape[1], entry.num_tokens, keys), np.int32)
         self._receive(claimed_scores)
         self._check_scores(layer, entry, limit, streamed, q_i8, claimed_scores)
@@ -305,9 +310,10 @@ class SplitAttention:
         for h in range(q_i8.shape[1]):
             p_u16[h] = attention_weights(claimed_scores[h], q_scale[:, h], scale[:, h // group], visible)[0]
         self._send(Kind.NORMALISER, [p_u16])
-        self._stream_values(cache, entry.seq_id, streamed)
+        self._stream_values(layer, entry.seq_id, streamed)
         claimed_o = np.empty(q_i8.shape, np.int64)
         self._receive(claimed_o)
+        claimed_o = self._restored(layer, entry, claimed_o)
         self._checker.outputs(layer, entry.seq_id, entry.start, claimed_o, share_projection(p_u16, g))
         if layer == 0:
             self.stats.prover_tokens += limit
@@ -344,17 +350,30 @@ class SplitAttention:
         )
         return scale, g
 
-    def _stream_keys(self, cache: PagedCache, seq_id: int, streamed: int) -> None:
-        table, a = cache.table(seq_id), cache.arrays
-        for page, count in zip(table, block_sizes(streamed), strict=False):
+    def _shown_queries(self, layer: int, entry: BatchEntry, q_i8: I8) -> I8:
+        return q_i8 if self._shield is None else self._shield.layer(layer, entry.seq_id).qk.apply(q_i8)
+
+    def _restored(self, layer: int, entry: BatchEntry, claimed_i64: I64) -> I64:
+        if self._shield is None:
+            return claimed_i64
+        return self._shield.restore_outputs(layer, entry.seq_id, claimed_i64)
+
+    def _stream_keys(self, layer: int, seq_id: int, streamed: int) -> None:
+        cache = self.cache.layer(layer)
+        a = cache.arrays
+        for page, count in zip(cache.table(seq_id), block_sizes(streamed), strict=False):
             k = np.ascontiguousarray(a["k"][page, :, :count].swapaxes(0, 1))
+            if self._shield is not None:
+                k = self._shield.layer(layer, seq_id).qk.apply(k)
             scale = np.ascontiguousarray(a["k_scale"][page, :, :count].T)
             self._send(Kind.BLOCK, encode_key_block(k, scale))
 
-    def _stream_values(self, cache: PagedCache, seq_id: int, streamed: int) -> None:
-        table, a = cache.table(seq_id), cache.arrays
-        for page, count in zip(table, block_sizes(streamed), strict=False):
-            v = np.ascontiguousarray(a["v"][page, :, :count].swapaxes(0, 1))
+    def _stream_values(self, layer: int, seq_id: int, streamed: int) -> None:
+        cache = self.cache.layer(layer)
+        for page, count in zip(cache.table(seq_id), block_sizes(streamed), strict=False):
+            v = np.ascontiguousarray(cache.arrays["v"][page, :, :count].swapaxes(0, 1))
+            if self._shield is not None:
+                v = self._shield.layer(layer, seq_id).v.apply(v)
             self._send(Kind.BLOCK, encode_value_block(v))
 
     def free(self, seq_id: int) -> None:

@@ -52,7 +52,7 @@ CONNECT_TIMEOUT_S = 10.0
 _GREETING = struct.Struct("<II8x")  # magic, transport; with a ring the segment's descriptor travels along
 _GREETING_MAGIC = 0x31474156  # "VAG1"
 _RING, _STREAM = 1, 2
-_OPERATIONS = frozenset(Kind(k) for k in range(Kind.LINEAR, Kind.SHARE + 1))
+_OPERATIONS = frozenset(Kind(k) for k in range(Kind.LINEAR, Kind.LOAD + 1))
 _REQUESTS = _OPERATIONS | {Kind.HELLO, Kind.STEP, Kind.FREE, Kind.SHUTDOWN}
 
 

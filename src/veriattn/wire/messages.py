@@ -51,6 +51,7 @@ class Kind(IntEnum):
     BLOCK = 20
     NORMALISER = 21
     SHARE = 22
+    LOAD = 23  # rows of a weight matrix that replace the model's (wire/operations.py)
     READY = 257
     CLAIM = 258
     LOGITS = 259

@@ -15,6 +15,7 @@ from veriattn.wire.messages import BadRequest, Buffer, Limits
 _LINEAR = struct.Struct("<IIII")  # index, rows, padding
 _ATTEND = struct.Struct("<IIIIIIII")  # layer, first_kv_head, num_kv_heads, reply, row_tile, num_entries, total, padding
 _ENTRY = struct.Struct("<QII")  # seq_id, start, num_tokens
+_LOAD = struct.Struct("<IIII")  # index, first_row, rows, padding
 _WEIGHTS = struct.Struct("<QIIII")  # seq_id, layer, rows, keys, padding
 
 
@@ -73,6 +74,39 @@ class WeightsRequest:
     p_u16: npt.NDArray[np.uint16]
 
 
+@dataclass(frozen=True, slots=True)
+class LoadRequest:
+    """Rows of linear number `index` that the prover uses in place of the model's. w_i8: (rows, in features)."""
+
+    index: int
+    first_row: int
+    w_i8: npt.NDArray[np.int8]
+
+
+#: Most bytes of rows in one LOAD.
+LOAD_BYTES = 1 << 20
+
+
+def encode_load(request: LoadRequest) -> list[Buffer]:
+    """Payload pieces of LOAD."""
+    return [_LOAD.pack(request.index, request.first_row, request.w_i8.shape[0], 0), request.w_i8]
+
+
+def decode_load(payload: Buffer, config: ModelConfig) -> LoadRequest:
+    """Prover side. Raises: BadRequest."""
+    raw = bytes(payload)
+    if len(raw) < _LOAD.size:
+        raise BadRequest("LOAD is too short")
+    index, first, rows, padding = _LOAD.unpack_from(raw)
+    shapes = list(config.linear_shapes().values())
+    if padding or index >= len(shapes) or not 1 <= rows <= shapes[index][0] - first:
+        raise BadRequest("LOAD is out of range")
+    width = shapes[index][1]
+    if len(raw) != _LOAD.size + rows * width:
+        raise BadRequest("LOAD has another length than its counts say")
+    return LoadRequest(index, first, np.frombuffer(raw, np.int8, offset=_LOAD.size).reshape(rows, width))
+
+
 def max_request_bytes(config: ModelConfig, limits: Limits) -> int:
     """Largest payload of a request under the limits."""
     t, widest = limits.max_tokens_per_step, max(i for _, i in config.linear_shapes().values())
@@ -80,7 +114,8 @@ def max_request_bytes(config: ModelConfig, limits: Limits) -> int:
     heads, kv, d = config.num_heads, config.num_kv_heads, config.head_dim
     attend = _ATTEND.size + limits.max_sequences * _ENTRY.size + t * ((heads + 2 * kv) * d + 4 * (heads + kv))
     weights = _WEIGHTS.size + 2 * heads * t * limits.max_positions
-    return max(linear, attend, weights)
+    load = _LOAD.size + max(LOAD_BYTES, widest)
+    return max(linear, attend, weights, load)
 
 
 def encode_linear(request: LinearRequest) -> list[Buffer]:
