@@ -38,7 +38,7 @@ case $kind in
     dev)
         say 'installing the tools that the tests need'
         # The extra's own requirements, so that nothing is compiled twice.
-        "$venv/bin/python" "$here/extra.py" dev >"$venv/dev.txt"
+        "$venv/bin/python" "$here/extra.py" dev server client >"$venv/dev.txt"
         pip install -qq -r "$venv/dev.txt"
         ;;
     torch)

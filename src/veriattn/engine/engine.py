@@ -175,6 +175,8 @@ class Engine:
         self._past = ExecutorReport()
         self._next_id = 0
         self.restarts = 0
+        #: Requests in the step that ran last or failed.
+        self.step_ids: tuple[int, ...] = ()
 
     def _launch(self, model: VerifierModel) -> Prover:
         c = self.config
@@ -237,6 +239,11 @@ class Engine:
     def has_work(self) -> bool:
         return bool(self._scheduler.waiting or self._scheduler.running)
 
+    def load(self) -> tuple[int, int, int]:
+        """Requests admitted, requests waiting, cache entries that the admitted ones reserve."""
+        s = self._scheduler
+        return len(s.running), len(s.waiting), sum(seq.reserved_tokens for seq in s.running)
+
     # -- steps -------------------------------------------------------------------------------------------------
 
     def step(self) -> list[TokenOutput]:
@@ -247,6 +254,7 @@ class Engine:
         batch = self._scheduler.next_batch()
         if batch is None:
             return []
+        self.step_ids = tuple(e.seq_id for e in batch.entries)
         try:
             if self._executor is None:
                 self._executor = self.model.start()
