@@ -33,13 +33,20 @@ class TlsConfig:
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """What the engine and its prover may use. Lengths in tokens, times in seconds."""
+    """What the engine and its prover may use. Lengths in tokens, times in seconds.
+
+    prover_command: started here, as a child; default: the built-in one. prover_address: of one that listens, outside of the
+    guest or on another machine (tcp://HOST:PORT, vsock://CID:PORT, unix:///PATH). prover_kv_tokens: cache entries that it
+    holds for a sequence, 0 for all.
+    """
 
     strategy: str = "run-ahead"
     prefill_chunk: int = 512
     max_sequences: int = 32
     kv_tokens: int = 1 << 16
     prover_command: tuple[str, ...] = ()
+    prover_address: str = ""
+    prover_kv_tokens: int = 0
     prover_threads: int = 0
     start_timeout_s: float = 600.0
     step_timeout_s: float = 60.0
@@ -137,6 +144,10 @@ class ServerConfig:
                 )
                 if type(value) in (int, float):
                     _need(value > 0 or (may_be_zero and value == 0), f"{f.name} must be positive")
+        _need(
+            not (self.engine.prover_command and self.engine.prover_address),
+            "engine.prover_command and engine.prover_address exclude each other",
+        )
         _need(
             self.anonymous or bool(self.keys_file) or is_loopback(self.host),
             f"listening on {self.host} without API keys",

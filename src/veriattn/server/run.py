@@ -27,8 +27,8 @@ from veriattn.server.metrics import Metrics
 from veriattn.server.service import Service
 from veriattn.server.tamper import TamperSwitch
 from veriattn.server.tls import open_tls
+from veriattn.verifier.launch import ChildProver, Launcher, Prover, RemoteProver
 from veriattn.verifier.model import VerifierModel
-from veriattn.verifier.session import ChildProver, Launcher, Prover
 
 log = logging.getLogger("veriattn.server")
 
@@ -43,6 +43,8 @@ def engine_config(config: ServerConfig) -> EngineConfig:
         max_sequences=e.max_sequences,
         kv_tokens=e.kv_tokens,
         prover_command=e.prover_command or None,
+        prover_address=e.prover_address or None,
+        prover_kv_tokens=e.prover_kv_tokens or None,
         prover_threads=e.prover_threads or None,
         start_timeout_s=e.start_timeout_s,
         step_timeout_s=e.step_timeout_s,
@@ -51,11 +53,13 @@ def engine_config(config: ServerConfig) -> EngineConfig:
     )
 
 
-def child_launcher(config: ServerConfig) -> Launcher:
-    """A prover as a child process."""
+def launcher(config: ServerConfig) -> Launcher:
+    """How provers are started: as child processes, or by connecting to one that listens."""
     e = config.engine
 
     def launch(model: VerifierModel) -> Prover:
+        if e.prover_address:
+            return RemoteProver(e.prover_address, e.step_timeout_s)
         return ChildProver(model, e.prover_command or None, e.prover_threads or None, e.step_timeout_s)
 
     return launch
@@ -138,7 +142,7 @@ def serve(
     switch = TamperSwitch()
     log.info("reading the model", extra={"path": str(model)})
     with Engine(
-        model, engine_config(config), launch=switch.wrap(launch or child_launcher(config)), on_bytes=on_bytes
+        model, engine_config(config), launch=switch.wrap(launch or launcher(config)), on_bytes=on_bytes
     ) as engine:
         metrics = Metrics(name)
         server: list[_Server] = []

@@ -13,7 +13,7 @@ from typing import Any, cast
 import numpy as np
 
 from veriattn.verifier.model import VerifierModel
-from veriattn.verifier.session import Launcher, Prover
+from veriattn.verifier.launch import Launcher, Prover
 from veriattn.wire.channel import Channel
 from veriattn.wire.messages import Kind
 
