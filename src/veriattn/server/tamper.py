@@ -12,8 +12,8 @@ from typing import Any, cast
 
 import numpy as np
 
-from veriattn.verifier.model import VerifierModel
 from veriattn.verifier.launch import Launcher, Prover
+from veriattn.verifier.model import VerifierModel
 from veriattn.wire.channel import Channel
 from veriattn.wire.messages import Kind
 
