@@ -26,7 +26,7 @@ MAX_LOGIT_BIASES = 1024
 
 _WEIGHT_ONE = np.float32(2.0**30)
 _Z_MIN = np.float32(-64.0)
-_FIRST_CANDIDATES = 512
+_PREFIXES = (512, 8192)
 _PIECE = 8192
 
 
@@ -151,27 +151,33 @@ def _weights(logits: F32, top: np.float32, temperature: float) -> I64:
     return weights
 
 
-def _first_in_order(logits: F32, candidates: I64, count: int) -> I64:
-    """The first `count` candidates by (logit descending, id ascending); candidates ascend."""
-    x = logits[candidates]
-    if count < len(candidates):
+def _first_in_order(logits: F32, candidates: I64 | None, count: int) -> I64:
+    """The first `count` candidates by (logit descending, id ascending); None are all ids."""
+    x = logits if candidates is None else logits[candidates]
+    if count < len(x):
         kth = np.partition(x, len(x) - count)[len(x) - count]
-        candidates = candidates[x >= kth]
-        x = logits[candidates]
-    # Candidates ascend and the sort is stable, so equal logits (-0 and 0 among them) keep the order of their ids.
-    return candidates[np.argsort(-x, kind="stable")][:count]
+        among: I64 = np.flatnonzero(x >= kth)
+        candidates = among if candidates is None else candidates[among]
+    elif candidates is None:
+        candidates = np.arange(len(x))
+    # One integer per candidate, all different, whose order is the one asked for: the bits of a float ascend with its
+    # value once those of negative ones are turned around. Adding 0 makes -0 equal to 0.
+    bits = (logits[candidates] + np.float32(0)).view(np.int32).astype(np.int64)
+    keys = (-(bits ^ ((bits >> 31) & 0x7FFFFFFF)) << 32) | candidates
+    keys.sort()
+    first: I64 = keys[:count] & 0xFFFFFFFF
+    return first
 
 
-def _nucleus(logits: F32, weights: I64, kept: I64, q: int) -> I64:
+def _nucleus(logits: F32, weights: I64, kept: I64 | None, q: int) -> I64:
     """The shortest prefix of `kept`, by (logit descending, id ascending), that weighs at least ceil(q * sum / 2**32)."""
-    need = -(-q * int(weights[kept].sum()) // 2**32)
-    count = _FIRST_CANDIDATES
-    while True:
+    need = -(-q * int((weights if kept is None else weights[kept]).sum()) // 2**32)
+    for count in (*_PREFIXES, len(logits)):
         prefix = _first_in_order(logits, kept, count)
         cumulative = np.cumsum(weights[prefix])
-        if int(cumulative[-1]) >= need:
-            return prefix[: int(np.searchsorted(cumulative, need, side="left")) + 1]
-        count *= 8
+        if cumulative[-1] >= need:
+            break
+    return prefix[: int(np.searchsorted(cumulative, need, side="left")) + 1]
 
 
 def uniform_u64(seed: int, position: int, choice: int) -> int:
@@ -207,17 +213,12 @@ def sample(
     weights = _weights(x, top, params.temperature)
     u = uniform_u64(params.seed, position, choice)
     q_min, q_top = math.floor(params.min_p * 2**32), math.floor(params.top_p * 2**32)
-    if q_min == 0 and params.top_k == 0 and q_top == 2**32:
-        return _draw(weights, u)
-    # An id of weight 0 cannot be drawn and adds to no sum, so leaving it out here changes nothing.
-    kept: I64 = np.flatnonzero(weights >= max(-(-q_min // 4), 1))
-    if 0 < params.top_k < len(kept):
-        kept = _first_in_order(x, kept, params.top_k)
-        kept.sort()
+    kept = None if q_min == 0 else np.flatnonzero(weights >= -(-q_min // 4))
+    if params.top_k > 0:
+        kept = np.sort(_first_in_order(x, kept, params.top_k))
     if q_top < 2**32:
-        kept = _nucleus(x, weights, kept, q_top)
-        kept.sort()
-    return int(kept[_draw(weights[kept], u)])
+        kept = np.sort(_nucleus(x, weights, kept, q_top))
+    return _draw(weights, u) if kept is None else int(kept[_draw(weights[kept], u)])
 
 
 def _draw(weights: I64, u: int) -> int:
@@ -235,5 +236,5 @@ def logprobs(logits: F32, token_id: int, top_n: int) -> tuple[float, list[tuple[
     x -= x.max()
     x -= math.log(float(np.exp(x).sum()))
     n = min(top_n, len(x))
-    ids = _first_in_order(logits, np.arange(len(x)), n) if n > 0 else np.empty(0, np.int64)
+    ids = _first_in_order(logits, None, n) if n > 0 else np.empty(0, np.int64)
     return float(x[token_id]), [(int(i), float(x[i])) for i in ids]
