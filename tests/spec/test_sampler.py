@@ -22,7 +22,7 @@ from veriattn.spec.sampler import SamplingParams, logprobs, sample, uniform_u64
 offsets = st.one_of(st.just(0.0), st.floats(-1024, 1024).filter(lambda v: abs(v) >= 2.0**-20))
 # Many equal logits and few distinct ones, so that every order is decided by ties.
 rows = st.one_of(
-    st.lists(st.sampled_from([-1.0, -0.0, 0.0, 0.5, 0.5000001, 3.0]), min_size=1, max_size=40),
+    st.lists(st.sampled_from([-1.0, -0.0, 0.0, 0.5, 0.5 + 2.0**-24, 3.0]), min_size=1, max_size=40),
     st.lists(st.floats(-30, 30, width=32).filter(lambda v: v == 0 or abs(v) > 2.0**-40), min_size=1, max_size=40),
     st.lists(st.floats(-(2.0**60), 2.0**60, width=32).filter(lambda v: v == 0 or abs(v) > 1), min_size=1, max_size=9),
 )
@@ -48,7 +48,7 @@ def draws(draw: st.DrawFn) -> tuple[list[float], SamplingParams, list[int], list
     return row, params, draw(history), draw(history), draw(st.integers(0, 2**17)), draw(st.integers(0, 100))
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=400, deadline=None)
 @given(draws())
 def test_as_specified(case: tuple[Any, ...]) -> None:
     row, *rest = case
