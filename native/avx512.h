@@ -34,6 +34,9 @@ static inline __m512i load_once(const int32_t* p, __mmask16 mask) {
     return x;
 }
 
+// A hint for an address that may lie outside of any array: it is never dereferenced.
+static inline void prefetch(const void* p, i64 ahead) { _mm_prefetch((const char*)((uintptr_t)p + (uintptr_t)ahead), _MM_HINT_T0); }
+
 // Multiply-accumulates in inline assembly: GCC 12 spills half of a register tile around the intrinsics.
 static inline __m512i dp_bytes(__m512i acc, __m512i u8, __m512i s8) {
     asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(u8), "v"(s8));

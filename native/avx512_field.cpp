@@ -11,6 +11,8 @@ namespace {
 
 const i64 CHUNK = 16384;  // elements between folds: at most 4096 52-bit products per lane
 
+const i64 AHEAD = 2048;  // bytes; hardware prefetching stops at every page of 4 KiB
+
 // R rows of claims against both repetitions of r; each claim is loaded once.
 template <int R>
 void rows_i32(const int32_t* y, i64 n, const uint64_t* r, int32_t* copy, uint64_t* out) {
@@ -35,12 +37,15 @@ void rows_i32(const int32_t* y, i64 n, const uint64_t* r, int32_t* copy, uint64_
             VA_UNROLL
             for (int rep = 0; rep < 2; rep++) {
                 VA_UNROLL
-                for (int half = 0; half < 2; half++)
+                for (int half = 0; half < 2; half++) {
                     rv[rep][half] = _mm512_maskz_loadu_epi64((__mmask8)(live >> (8 * half)), r + rep * n + j + 8 * half);
+                    prefetch(r + rep * n + j + 8 * half, AHEAD);
+                }
                 rs[rep] = _mm512_add_epi64(rs[rep], _mm512_add_epi64(rv[rep][0], rv[rep][1]));
             }
             VA_UNROLL
             for (int x = 0; x < R; x++) {
+                prefetch(y + x * n + j, AHEAD);
                 const __m512i claim = left >= 16 ? load_once(y + x * n + j) : load_once(y + x * n + j, live);
                 if (copy) _mm512_mask_storeu_epi32(copy + x * n + j, live, claim);
                 const __m512i u = _mm512_xor_si512(claim, flip);
@@ -99,6 +104,7 @@ void rows_i8(const int8_t* a, i64 stride, i64 k, const uint64_t* u, uint64_t* ou
             VA_UNROLL
             for (int rep = 0; rep < 2; rep++) {
                 uv[rep] = _mm512_maskz_loadu_epi64(live, u + rep * k + j);
+                prefetch(u + rep * k + j, AHEAD);
                 us[rep] = _mm512_add_epi64(us[rep], uv[rep]);
             }
             VA_UNROLL
@@ -251,9 +257,10 @@ void rows_i64(const int64_t* o, i64 stride, i64 k, const uint64_t* u, const uint
 bool dot_i64(const int64_t* o, i64 stride, i64 k, const uint64_t* u, i64 t0, i64 t1, uint64_t* out, i64 out_stride) {
     uint64_t off[2];
     for (int rep = 0; rep < 2; rep++) {
-        u128 total = 0;
-        for (i64 j = 0; j < k; j++) total += u[rep * k + j];
-        off[rep] = reduce((u128)reduce(total) << 39);
+        __m512i sum = _mm512_setzero_si512();  // k <= 65536: lanes stay below 2^64
+        for (i64 j = 0; j < k; j += 8)
+            sum = _mm512_add_epi64(sum, _mm512_maskz_loadu_epi64(k - j >= 8 ? 0xff : (__mmask8)((1u << (k - j)) - 1), u + rep * k + j));
+        off[rep] = reduce((u128)reduce(sum_lanes(sum)) << 39);
     }
     // -2^39 < o < 2^39 iff 1 <= o + 2^39 < 2^40 without sign.
     __m512i all = _mm512_setzero_si512(), least = _mm512_set1_epi64(-1);
