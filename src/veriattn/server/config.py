@@ -137,6 +137,7 @@ class ServerConfig:
                 value = getattr(part, f.name)
                 may_be_zero = f.name in (
                     "prover_threads",
+                    "prover_kv_tokens",
                     "queue_length",
                     "request_retries",
                     "max_restarts",
