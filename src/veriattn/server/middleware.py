@@ -41,7 +41,7 @@ class Outermost:
         state = scope.setdefault("state", {})
         state["request_id"] = request_id
         started, status = time.monotonic(), 0
-        left = self._body_bytes
+        left, refused = self._body_bytes, False
 
         async def bounded_receive() -> Message:
             nonlocal left
@@ -53,6 +53,17 @@ class Outermost:
             return message
 
         async def marked_send(message: Message) -> None:
+            nonlocal status, refused
+            if left < 0 and status == 0:
+                # The framework takes our refusal for a body that does not parse, and answers so.
+                refused = True
+                await _answer(_too_large(self._body_bytes), marked_send_once)
+                return
+            if refused:
+                return
+            await marked_send_once(message)
+
+        async def marked_send_once(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
@@ -69,7 +80,7 @@ class Outermost:
         except ApiError as e:
             if status:
                 raise
-            await _answer(e, marked_send)
+            await _answer(e, marked_send_once)
         finally:
             log.info(
                 "request",
