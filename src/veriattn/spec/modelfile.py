@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
+import stat
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -188,6 +190,23 @@ class ModelDirectory:
                 f"model digest {self.manifest.digest} is not the expected {expected_digest}",
                 hint="this is another model, or another version of it",
             )
+        self._check_size()
+
+    def _check_size(self) -> None:
+        """Nobody allocates what a manifest asks for before the weight file has that size."""
+        path = self.path / WEIGHTS_FILE
+        specs = self.config.tensor_specs().values()
+        expected = sum(math.prod(shape) * _DTYPES[dtype].itemsize for dtype, shape in specs)
+        expected += len(safetensors_header(self.config))
+        try:
+            status = path.stat()
+        except OSError as e:
+            raise ModelError(f"cannot read {path}: {e.strerror}", hint=_DAMAGED) from None
+        if not stat.S_ISREG(status.st_mode):
+            raise ModelError(f"{path} is not a file", hint=_DAMAGED)
+        if status.st_size != expected:
+            what = "truncated" if status.st_size < expected else "longer than its header says"
+            raise ModelError(f"{path} is {what}: {status.st_size} bytes, {expected} belong", hint=_DAMAGED)
 
     @property
     def config(self) -> ModelConfig:

@@ -91,7 +91,13 @@ class VerifiedCache:
     def free(self, seq_id: int) -> None:
         for cache, sums in zip(self._layers, self._sums, strict=True):
             cache.free(seq_id)
-            sums.pop(seq_id, None)
+            if seq_id in sums:
+                sums.pop(seq_id)[...] = 0
+
+    def close(self) -> None:
+        """Overwrite and drop everything."""
+        for seq_id in {s for layer in self._layers for s in layer.sequences()}:
+            self.free(seq_id)
 
     @property
     def nbytes(self) -> int:
@@ -226,10 +232,8 @@ class ClaimChecker:
         self.counts.attention_rows += ok.size
 
     def close(self) -> None:
-        """Drop all state that depends on secrets."""
-        for layer in range(self.config.num_layers):
-            for seq_id in self.cache.layer(layer).sequences():
-                self.cache.layer(layer).free(seq_id)
+        """Overwrite all state that depends on secrets."""
+        self.cache.close()
 
 
 Attention = Callable[[int, Batch, AttentionInput], tuple[I64, I32]]

@@ -7,7 +7,6 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
-from veriattn.errors import VeriattnError
 from veriattn.verifier.isolation import Isolation, ProverProcess, spawn_prover
 from veriattn.verifier.model import VerifierModel
 from veriattn.wire.channel import Channel, RingChannel, StreamChannel
@@ -58,7 +57,7 @@ class ChildProver:
             self._process: ProverProcess = spawn_prover(
                 command, theirs.fileno(), readable=[model.path], extra_environment=extra
             )
-        except VeriattnError:
+        except BaseException:
             ours.close()
             raise
         finally:
@@ -67,7 +66,7 @@ class ChildProver:
         self.pid: int | None = self._process.pid
         try:
             self.channel: Channel = RingChannel.offer(ours, timeout_s=timeout_s, throttle=throttle)
-        except VeriattnError:
+        except BaseException:
             ours.close()
             self._process.terminate(0.0)
             raise
@@ -76,8 +75,10 @@ class ChildProver:
         return self._process.output_tail()
 
     def terminate(self) -> None:
-        self.channel.close()
-        self._process.terminate()
+        try:
+            self.channel.close()
+        finally:
+            self._process.terminate()
 
 
 class RemoteProver:

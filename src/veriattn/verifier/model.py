@@ -13,7 +13,7 @@ from veriattn.errors import InternalError
 from veriattn.native import project_weights
 from veriattn.spec.model import ModelTensors
 from veriattn.spec.modelfile import Manifest, ModelDirectory, TensorCollector
-from veriattn.verifier.isolation import lock_memory
+from veriattn.verifier.isolation import harden_self, lock_memory
 from veriattn.verifier.keys import REPETITIONS, KeySet
 
 #: Key sets made in one pass: one to use and one spare, so that a reject does not mean reading the weights again.
@@ -36,6 +36,8 @@ class VerifierModel:
         expected_digest: str | None = None,
         on_bytes: Callable[[int], None] | None = None,
     ) -> None:
+        # Secrets are about to exist: from here on no other process of this user may read our memory, and no core is dumped.
+        harden_self()
         self._path = Path(path)
         self._lock = threading.Lock()
         directory = ModelDirectory(path, expected_digest=expected_digest)
@@ -55,8 +57,20 @@ class VerifierModel:
     def _pass(
         self, directory: ModelDirectory, on_bytes: Callable[[int], None] | None
     ) -> tuple[ModelTensors, list[KeySet]]:
+        key_sets = [KeySet(directory.config) for _ in range(KEY_SETS_PER_PASS)]
+        try:
+            return self._project(directory, key_sets, on_bytes), key_sets
+        except BaseException:
+            for keys in key_sets:
+                keys.destroy()
+            raise
+
+    @staticmethod
+    def _project(
+        directory: ModelDirectory, key_sets: list[KeySet], on_bytes: Callable[[int], None] | None
+    ) -> ModelTensors:
+        """Complete the key sets from one hashed pass over the weights."""
         config = directory.config
-        key_sets = [KeySet(config) for _ in range(KEY_SETS_PER_PASS)]
         collector = TensorCollector(config)
         name_of = {f"{name}.weight": name for name in config.linear_shapes()}
         r_all = u_all = np.empty((0, 0), np.uint64)
@@ -77,7 +91,7 @@ class VerifierModel:
         for keys in key_sets:
             for array in keys.secret_arrays():
                 lock_memory(array)
-        return collector.tensors(), key_sets
+        return collector.tensors()
 
     def take_keys(self) -> KeySet:
         """A key set that no session has used. Reads the weights again when the spares are gone. Raises: ModelError."""

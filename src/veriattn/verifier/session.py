@@ -159,22 +159,18 @@ class Session:
         self._own: OwnLayers | None = None
         try:
             self._prover = launch(model)
-        except VeriattnError:
-            self._destroy_keys()
+        except BaseException:
+            self._destroy_secrets()
             raise
         self.channel = self._prover.channel
         try:
             self.ready = self._greet(flow.mode)
-        except VeriattnError as e:
-            self._fail(e)
-            raise
-        if self._keys is not None:
-            try:
+            if self._keys is not None:
                 self._set_up_shield()
-            except VeriattnError as e:
-                self._fail(e)
-                raise
-            self._checker, self._ops = self._operations(self._keys)
+                self._checker, self._ops = self._operations(self._keys)
+        except BaseException as e:
+            self._end(e)
+            raise
 
     def _set_up_shield(self) -> None:
         """Draw the permutations, keep the first layers' weights here, send the permuted projections to the prover.
@@ -283,12 +279,8 @@ class Session:
         try:
             self.channel.timeout_s = self.config.step_timeout_s
             logits = self._run_parts(batch)
-        except VeriattnError as e:
-            self._fail(e)
-            raise
         except BaseException as e:
-            # An interrupt in the middle of a message leaves the streams out of step; a bug leaves anything.
-            self.close(f"interrupted by {type(e).__name__}")
+            self._end(e)
             raise
         for entry in batch.entries:
             self._lengths[entry.seq_id] = entry.start + entry.num_tokens
@@ -373,42 +365,50 @@ class Session:
             self._own.free(seq_id)
         try:
             self.channel.send(Kind.FREE, encode_free([seq_id]))
-        except VeriattnError as e:
-            self._fail(e)
+        except BaseException as e:
+            self._end(e)
             raise
 
     def _check_open(self) -> None:
         if self._closed is not None:
             raise ProverUnavailable(f"the session is closed ({self._closed})", hint="open a new session")
 
-    def _fail(self, error: VeriattnError) -> None:
-        tail = self._prover.output_tail() if isinstance(error, ProverFault) else ""
-        if tail:
-            error.hint = f"the prover's last output: {tail[-400:]}"
-        self.close(error.code)
+    def _end(self, error: BaseException) -> None:
+        """Close after an error. An interrupt in the middle of a message leaves the streams out of step, a bug anything."""
+        if isinstance(error, ProverFault):
+            # One line: what the prover prints must not pass for lines of ours.
+            tail = " | ".join(self._prover.output_tail().split("\n"))
+            if tail:
+                error.hint = f"the prover's last output: {tail[-400:]}"
+        self.close(error.code if isinstance(error, VeriattnError) else f"interrupted by {type(error).__name__}")
 
     def close(self, reason: str = "closed") -> None:
         """End the prover and destroy the secrets. May be called twice."""
         if self._closed is None:
             self._closed = reason
-            self._destroy_keys()
-            if self._checker is not None:
-                self._checker.close()
-            if reason == "closed":
-                # A courtesy: a prover that cannot take it is ended all the same.
-                with suppress(VeriattnError):
-                    self.channel.send(Kind.SHUTDOWN, timeout_s=1.0)
-            # The sending thread, if there is one, must let go of the channel before it is closed.
-            self.channel.abort()
-            if self._sender is not None:
-                self._sender.close()
-            self._prover.terminate()
+            try:
+                self._destroy_secrets()
+                if reason == "closed":
+                    # A courtesy: a prover that cannot take it is ended all the same.
+                    with suppress(VeriattnError):
+                        self.channel.send(Kind.SHUTDOWN, timeout_s=1.0)
+                # The sending thread, if there is one, must let go of the channel before it is closed.
+                self.channel.abort()
+                if self._sender is not None:
+                    self._sender.close()
+            finally:
+                self._prover.terminate()
 
-    def _destroy_keys(self) -> None:
+    def _destroy_secrets(self) -> None:
+        """Overwrite keys and what was computed from them."""
         if self._shield is not None:
             self._shield.destroy()
         if self._keys is not None:
             self._keys.destroy()
+        if self._checker is not None:
+            self._checker.close()
+        if self._split is not None:
+            self._split.close()
 
     def __enter__(self) -> Session:
         return self

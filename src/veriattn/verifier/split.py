@@ -122,7 +122,13 @@ class OverflowCache:
     def free(self, seq_id: int) -> None:
         for cache, sums in zip(self._layers, self._block_sums, strict=True):
             cache.free(seq_id)
-            sums.pop(seq_id, None)
+            for block in sums.pop(seq_id, []):
+                block[...] = 0
+
+    def close(self) -> None:
+        """Overwrite and drop everything."""
+        for seq_id in {s for layer in self._layers for s in layer.sequences()}:
+            self.free(seq_id)
 
     @property
     def nbytes(self) -> int:
@@ -379,3 +385,7 @@ class SplitAttention:
     def free(self, seq_id: int) -> None:
         self.limits.pop(seq_id, None)
         self.cache.free(seq_id)
+
+    def close(self) -> None:
+        """Overwrite all state that depends on secrets."""
+        self.cache.close()
