@@ -15,10 +15,19 @@ size_t prepare_bytes(const AttentionArgs& s);
 void prepare(const AttentionArgs& s, i64 kv, i64 p0, i64 p1);
 i64 tile_queries(const AttentionArgs& s);
 void attention(const AttentionArgs& s, i64 kv, i64 i0, i64 i1);
+
+// attention() with the integer scores of a page from elsewhere: out[key][16 * row_vectors] = k (count, d) . q, with q
+// as [d / 4][16 * row_vectors] groups of four bytes; count may be rounded up to 16 keys, out has room for a page.
+typedef void (*PageScores)(const int8_t* k, const int32_t* q, i64 d, i64 row_vectors, i64 count, int32_t* out);
+void attention_with(const AttentionArgs& s, i64 kv, i64 i0, i64 i1, PageScores page_scores);
+
+// out[r] = -128 * sum of row r.
+void row_offsets(const int8_t* a, i64 lda, i64 k, i64 rows, int32_t* out);
 void transfer(const TransferArgs& s, i64 kv);
 void dot_i32(const int32_t* y, i64 n, const uint64_t* r, i64 t0, i64 t1, int32_t* copy, uint64_t* out);
 void dot_i8(const int8_t* a, i64 stride, i64 k, const uint64_t* u, i64 t0, i64 t1, uint64_t* out, i64 out_stride);
 bool dot_i64(const int64_t* o, i64 stride, i64 k, const uint64_t* u, i64 t0, i64 t1, uint64_t* out, i64 out_stride);
+i64 peak(i64 rounds);
 void project(const int8_t* w, i64 n, i64 k, const uint64_t* r, i64 reps, i64 k0, i64 k1, uint64_t* u);
 
 // One load of a claim, never repeated by the compiler: its memory may be shared with the claim's maker.

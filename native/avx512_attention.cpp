@@ -92,6 +92,24 @@ void scores(const uint8_t* k, const float* k_scale, const int32_t* q, const int3
     }
 }
 
+// The second half of scores() where the integers come from elsewhere: in place.
+template <int RV>
+void finish(const float* k_scale, i64 count, i64 base, const int32_t* limit, bool all_visible, float* t, __m512* best) {
+    for (i64 j = 0; j < (count + 1) / 2 * 2; j++) {
+        const __m512 scale = _mm512_set1_ps(k_scale[j]);
+        VA_UNROLL
+        for (int v = 0; v < RV; v++) {
+            float* at = t + (j * RV + v) * 16;
+            const __m512 value = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_load_si512(at)), scale);
+            _mm512_store_ps(at, value);
+            const __mmask16 sees = all_visible ? 0xffff
+                                               : _mm512_cmpge_epi32_mask(_mm512_load_si512(limit + v * 16),
+                                                                         _mm512_set1_epi32((int)(base + j)));
+            best[v] = _mm512_mask_max_ps(best[v], sees, best[v], value);
+        }
+    }
+}
+
 struct Table {
     __m512i low, high;
     Table() {
@@ -220,7 +238,7 @@ void prepare_page(const AttentionArgs& s, i64 kv, i64 page, uint8_t* keys, int32
 }
 
 template <int RV>
-void tile(const AttentionArgs& s, i64 kv, i64 i0, i64 first, i64 count) {
+void tile(const AttentionArgs& s, i64 kv, i64 i0, i64 first, i64 count, PageScores page_scores) {
     // Rows first .. first + count of the tile that starts at query i0; lanes beyond repeat the first row.
     const i64 d = s.d, group = s.heads / s.kv_heads;
     // Where one tile is all there is (decode), pages are prepared as they come and stay in the core's own cache.
@@ -267,6 +285,12 @@ void tile(const AttentionArgs& s, i64 kv, i64 i0, i64 first, i64 count) {
     const Table table;
     auto score_page = [&](i64 page, __m512* best) {
         const i64 base = page * PAGE, at = ((i64)s.table[page] * s.kv_heads + kv) * PAGE;
+        if (page_scores) {
+            float* to = t + (keep ? page * page_floats : 0);
+            page_scores(s.k_pages + at * d, w.q, d, RV, min64(PAGE, n - base), (int32_t*)to);
+            finish<RV>(s.k_scale + at, min64(PAGE, n - base), base, w.limit, base + PAGE - 1 <= least, to, best);
+            return;
+        }
         if (!ahead) prepare_page(s, kv, page, prep.keys, nullptr, nullptr);
         scores<RV>(prep.keys + (ahead ? base * d : 0), s.k_scale + at, w.q, w.offset, d, min64(PAGE, n - base), base, w.limit,
                    base + PAGE - 1 <= least, t + (keep ? page * page_floats : 0), best);
@@ -370,7 +394,7 @@ i64 tile_queries(const AttentionArgs& s) {
     return group < 32 ? 32 / group : 1;
 }
 
-void attention(const AttentionArgs& s, i64 kv, i64 i0, i64 i1) {
+void attention_with(const AttentionArgs& s, i64 kv, i64 i0, i64 i1, PageScores page_scores) {
     if (!by_hand(s.d)) {
         avx2_kernels.attention(s, kv, i0, i1);
         return;
@@ -379,11 +403,13 @@ void attention(const AttentionArgs& s, i64 kv, i64 i0, i64 i1) {
     for (i64 first = 0; first < rows; first += 32) {
         const i64 count = min64(32, rows - first);
         if (count <= 16)
-            tile<1>(s, kv, i0, first, count);
+            tile<1>(s, kv, i0, first, count, page_scores);
         else
-            tile<2>(s, kv, i0, first, count);
+            tile<2>(s, kv, i0, first, count, page_scores);
     }
 }
+
+void attention(const AttentionArgs& s, i64 kv, i64 i0, i64 i1) { attention_with(s, kv, i0, i1, nullptr); }
 
 // --- transferred scores: lanes are keys ----------------------------------------------------------------------------
 

@@ -344,9 +344,9 @@ void project(const int8_t* w, i64 n, i64 k, const uint64_t* r, i64 reps, i64 k0,
                 const int64_t mask = ((int64_t)1 << 50) - 1;
                 for (i64 c = 0; c < cols; c++) {
                     // low < 2^56; high * 2^32 with 2^50 = 27: everything stays in 64 bits.
-                    const int64_t low = s[c] + ((int64_t)s[WIDE + c] << 8) + ((int64_t)s[2 * WIDE + c] << 16) +
-                                        ((int64_t)s[3 * WIDE + c] << 24);
-                    const int64_t high = s[4 * WIDE + c] + ((int64_t)s[5 * WIDE + c] << 8) + ((int64_t)s[6 * WIDE + c] << 16);
+                    const int64_t low = s[c] + (int64_t)s[WIDE + c] * 256 + (int64_t)s[2 * WIDE + c] * 65536 +
+                                        (int64_t)s[3 * WIDE + c] * 16777216;
+                    const int64_t high = s[4 * WIDE + c] + (int64_t)s[5 * WIDE + c] * 256 + (int64_t)s[6 * WIDE + c] * 65536;
                     int64_t x = low + (high >> 18) * 27 + ((high & 0x3ffff) << 32) + (int64_t)to[c];
                     x = (x & mask) + (x >> 50) * 27;
                     x += x < 0 ? (int64_t)P : 0;

@@ -83,6 +83,17 @@ void rows(i64 m, const uint8_t* w, i64 panel_bytes, const int8_t* a, i64 lda, i6
 
 }  // namespace
 
+void row_offsets(const int8_t* a, i64 lda, i64 k, i64 rows, int32_t* out) {
+    const __m512i ones = _mm512_set1_epi8(1);
+    for (i64 r = 0; r < rows; r++) {
+        __m512i s = _mm512_setzero_si512();
+        i64 x = 0;
+        for (; x + 64 <= k; x += 64) s = dp_bytes(s, ones, _mm512_loadu_si512(a + r * lda + x));
+        if (x < k) s = dp_bytes(s, ones, _mm512_maskz_loadu_epi8(((__mmask64)1 << (k - x)) - 1, a + r * lda + x));
+        out[r] = -128 * _mm512_reduce_add_epi32(s);
+    }
+}
+
 void gemm(const uint8_t* packed, i64 n, i64 k, const int8_t* a, i64 m, i64 n0, i64 n1, int32_t* y) {
     const i64 kp = (k + 63) / 64 * 64, k4 = (k + 3) / 4 * 4, panel_bytes = 16 * kp;
     int32_t* init = (int32_t*)scratch(S_ROW, sizeof(int32_t) * (size_t)m);
@@ -97,14 +108,7 @@ void gemm(const uint8_t* packed, i64 n, i64 k, const int8_t* a, i64 m, i64 n0, i
         a = padded;
         lda = k4;
     }
-    const __m512i ones = _mm512_set1_epi8(1);
-    for (i64 r = 0; r < m; r++) {
-        __m512i s = _mm512_setzero_si512();
-        i64 x = 0;
-        for (; x + 64 <= k4; x += 64) s = dp_bytes(s, ones, _mm512_loadu_si512(a + r * lda + x));
-        if (x < k4) s = dp_bytes(s, ones, _mm512_maskz_loadu_epi8(((__mmask64)1 << (k4 - x)) - 1, a + r * lda + x));
-        init[r] = -128 * _mm512_reduce_add_epi32(s);
-    }
+    row_offsets(a, lda, k4, m, init);
     // With many rows, a slice of 64 outputs by 1024 inputs (64 KiB) stays close while all rows pass it.
     const i64 slice = m > 12 ? 1024 : k4;
     for (i64 j = n0; j < n1; j += 64) {
@@ -130,6 +134,18 @@ void gemm(const uint8_t* packed, i64 n, i64 k, const int8_t* a, i64 m, i64 n0, i
         if (k4 == 0)
             for (i64 r = 0; r < m; r++) memset(y + r * n + j, 0, sizeof(int32_t) * (size_t)cols);
     }
+}
+
+i64 peak(i64 rounds) {
+    __m512i acc[16];
+    const __m512i a = _mm512_set1_epi8(3), b = _mm512_set1_epi8(5);
+    VA_UNROLL
+    for (int x = 0; x < 16; x++) acc[x] = a;
+    for (i64 r = 0; r < rounds; r++) {
+        VA_UNROLL
+        for (int x = 0; x < 16; x++) asm volatile("vpdpbusd %2, %1, %0" : "+v"(acc[x]) : "v"(a), "v"(b));
+    }
+    return rounds * 16 * 64;
 }
 
 }  // namespace avx512

@@ -146,6 +146,9 @@ struct Kernels {
                     i64 out_stride);
     // u[rep, k0:k1] += sum_n w[n, k0:k1] * r[rep, n] mod p.
     void (*project)(const int8_t* w, i64 n, i64 k, const uint64_t* r, i64 reps, i64 k0, i64 k1, uint64_t* u);
+
+    // For the benchmark: the machine's int8 multiplier alone, on registers. Returns multiply-adds; null where unknown.
+    i64 (*peak)(i64 rounds);
 };
 
 // Grow-only work space of the calling thread, 64-byte aligned; `slot` keeps the users apart.

@@ -4,8 +4,9 @@
 
 #if VA_X86
 #include <cpuid.h>
-#include <sys/syscall.h>
-#include <unistd.h>
+
+#include "amx.h"
+#include "selftest.h"
 #endif
 
 namespace va {
@@ -62,6 +63,13 @@ std::vector<Isa> probe() {
     if (found.size() == 2 && f.os_avx512 && f.avx512f && f.avx512bw && f.avx512dq && f.avx512vl && f.avx512_vnni &&
         f.avx512_ifma)
         found.push_back({"avx512", &avx512_kernels});
+#ifdef VERIATTN_EMULATE_AMX
+    const bool amx = found.size() == 3;
+#else
+    const bool amx = found.size() == 3 && f.os_amx && f.amx_tile && f.amx_int8 && amx::permitted();
+#endif
+    // Whatever a first machine of its kind may do to it, a wrong kernel is never used.
+    if (amx && self_test(amx::kernels())) found.push_back({"amx", &amx::kernels()});
 #endif
     return found;
 }

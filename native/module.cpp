@@ -463,6 +463,27 @@ void store_release_u64(nb::handle buffer, i64 offset, uint64_t value) {
     __atomic_store_n(b.word, value, __ATOMIC_RELEASE);
 }
 
+// --- the machine's limits, for the benchmark -------------------------------------------------------------------------
+
+i64 peak_products(i64 rounds) {
+    require(rounds >= 1 && rounds <= (i64)1 << 32, "rounds out of range");
+    nb::gil_scoped_release release;
+    const Kernels& ks = kernels();
+    return ks.peak ? ks.peak(rounds) : 0;
+}
+
+uint64_t read_words(nb::handle words_) {
+    Buffer<const uint64_t> words(words_.ptr(), "words", 1);
+    nb::gil_scoped_release release;
+    uint64_t sum[8] = {};
+    const i64 n = words.dim(0) / 8 * 8;
+    for (i64 i = 0; i < n; i += 8)
+        for (i64 x = 0; x < 8; x++) sum[x] += words.data[i + x];
+    uint64_t all = 0;
+    for (uint64_t x : sum) all += x;
+    return all;
+}
+
 }  // namespace
 }  // namespace va
 
@@ -496,6 +517,8 @@ NB_MODULE(_native, m) {
     m.def("key_projection", &key_projection);
     m.def("load_acquire_u64", &load_acquire_u64);
     m.def("store_release_u64", &store_release_u64);
+    m.def("peak_products", &peak_products);
+    m.def("read_words", &read_words);
     m.def("cpu_features", &cpu_features);
     m.def("available_isas", &available_isas);
     m.def("active_isa", &active_isa);

@@ -19,7 +19,7 @@ const Kernels portable_kernels = {
     portable::norm_quantise, portable::quantise, portable::qkv_epilogue, portable::attention_epilogue,
     portable::mlp_epilogue, portable::dequantise, ROWS, portable::gemm, portable::prepare_bytes, portable::prepare,
     portable::tile_queries, portable::attention, portable::transfer, portable::dot_i32, portable::dot_i8,
-    portable::dot_i64, portable::project,
+    portable::dot_i64, portable::project, nullptr,
 };
 
 }  // namespace va

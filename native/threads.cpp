@@ -149,13 +149,20 @@ void* scratch(Slot slot, size_t bytes) {
         }
     };
     thread_local Buffers b;
-    if (b.size[slot] < bytes) {
+#ifdef __SANITIZE_ADDRESS__
+    // Exactly what was asked for, afresh each time: overruns and use of an old buffer show.
+    const bool grow = true;
+    const size_t size = bytes ? bytes : 1;
+#else
+    const bool grow = b.size[slot] < bytes;
+    const size_t size = (bytes + bytes / 4 + 4095) & ~(size_t)4095;
+#endif
+    if (grow) {
         free(b.data[slot]);
+        b.data[slot] = nullptr;
         b.size[slot] = 0;
-        size_t rounded = (bytes + bytes / 4 + 4095) & ~(size_t)4095;
-        b.data[slot] = aligned_alloc(64, rounded);
-        if (!b.data[slot]) throw std::bad_alloc();
-        b.size[slot] = rounded;
+        if (posix_memalign(&b.data[slot], 64, size) != 0) throw std::bad_alloc();
+        b.size[slot] = size;
     }
     return b.data[slot];
 }

@@ -12,11 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tests.helpers import Bits
-from tokenizers import Tokenizer
-from tokenizers.decoders import ByteLevel as ByteLevelDecoder
-from tokenizers.models import BPE
-from tokenizers.pre_tokenizers import ByteLevel
+from tests.helpers import Bits, tiny_tokenizer_json
 
 from veriattn.convert.checkpoint import F32, Llama3Scaling, SourceConfig, SpecialTokens
 
@@ -31,15 +27,6 @@ SIZES: dict[str, dict[str, Any]] = {
     "qwen3": {"heads": 2, "kv_heads": 1, "head_dim": 64, "hidden": 72, "qk_norm": True},
     "phi3": {"heads": 3, "kv_heads": 3, "head_dim": 32, "rotary_dim": 24, "inner": 90},
 }  # fmt: skip
-
-
-def byte_tokenizer() -> str:
-    """A tokenizer whose tokens are the 256 bytes."""
-    alphabet = sorted(ByteLevel.alphabet())
-    tokenizer = Tokenizer(BPE({c: i for i, c in enumerate(alphabet)}, []))
-    tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = ByteLevelDecoder()
-    return tokenizer.to_str()
 
 
 @dataclass
@@ -66,7 +53,7 @@ class MemorySource:
         return digest.hexdigest()
 
     def tokenizer_json(self) -> str:
-        return byte_tokenizer()
+        return tiny_tokenizer_json(self.config.vocab_size)
 
     def chat_template(self) -> str | None:
         return None
@@ -137,5 +124,5 @@ def random_windows(source: MemorySource, count: int, length: int, name: str = "w
 
 
 def text_of(count: int) -> str:
-    """A calibration text of `count` tokens of `byte_tokenizer`."""
+    """A calibration text of `count` tokens of the tiny tokenizer."""
     return "".join(chr(97 + int(c)) for c in Bits("text").integers(0, 25, count))

@@ -282,7 +282,7 @@ def run(seconds: float = 20.0) -> list[Result]:
 def _finite(result: Result) -> Result:
     """NaN (no such limit on this instruction set) becomes None, for JSON."""
     for key in ("bar", "roofline", "fraction"):
-        value = result[key]  # type: ignore[literal-required]
+        value = result[key]
         if isinstance(value, float) and not math.isfinite(value):
-            result[key] = None  # type: ignore[literal-required]
+            result[key] = None
     return result

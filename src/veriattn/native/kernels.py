@@ -294,6 +294,18 @@ def store_release_u64(buffer: WritableBuffer, byte_offset: int, value: int) -> N
 # --- the machine ----------------------------------------------------------------------------------------------------
 
 
+@_checked
+def peak_products(rounds: int) -> int:
+    """Run the int8 multiplier of the active instruction set on registers; returns multiply-adds, 0 where there is none."""
+    return _native.peak_products(rounds)
+
+
+@_checked
+def read_words(words: U64) -> int:
+    """Read an array once, in order, with one thread; for the bandwidth of memory."""
+    return _native.read_words(words)
+
+
 def cpu_features() -> list[str]:
     """Features of CPU and operating system that kernels could use."""
     return _native.cpu_features()
