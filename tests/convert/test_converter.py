@@ -219,7 +219,7 @@ def test_the_text_that_ships_is_long_enough() -> None:
     assert len(default_calibration_text().split()) > 500
 
 
-# --- weights that do not fit ----------------------------------------------------------------------------------------
+# --- sizes and weights that do not fit ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -273,6 +273,30 @@ def test_tiny_and_empty_rows_stay_in_bounds(tmp_path: Path) -> None:
     assert first.qkv_bias is not None and not first.qkv_bias[: source.config.q_size].any()
     assert np.all((first.qkv_bias == 0) | (np.abs(first.qkv_bias) >= TABLE_FLOOR))
     assert quality_of(source, tmp_path).kl < 0.03
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"head_dim": 258}, "head_dim above 256"), ({"inner": 131072}, "more than 131071 inputs")],
+)
+def test_sizes_beyond_the_canonical_numerics_are_refused(changes: dict[str, int], message: str, tmp_path: Path) -> None:
+    source = float_model("mistral")
+    config = dataclasses.replace(
+        source.config,
+        head_dim=changes.get("head_dim", source.config.head_dim),
+        intermediate_size=changes.get("inner", source.config.intermediate_size),
+    )
+    with pytest.raises(ModelError, match=message) as error:
+        make(dataclasses.replace(source, config=config), tmp_path / "m")
+    assert error.value.hint is not None and "spec.md" in error.value.hint
+    assert not (tmp_path / "m").exists()
+
+
+def test_a_longer_context_is_clamped_and_said_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(converter, "MAX_KEYS", 300)
+    report = convert(float_model("mistral"), tmp_path, calibration_text=TEXT, threads=1, kernels=reference)
+    assert report.notes == ("context clamped from 512 to 300 positions",)
+    assert ModelDirectory(tmp_path).config.max_positions == 300
 
 
 # --- disks, kills ---------------------------------------------------------------------------------------------------

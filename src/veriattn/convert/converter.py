@@ -26,7 +26,7 @@ from veriattn.convert.rope import inverse_frequencies, rotary_tables
 from veriattn.convert.sources import Source
 from veriattn.errors import ModelError, UsageError
 from veriattn.spec import reference
-from veriattn.spec.constants import TABLE_FLOOR
+from veriattn.spec.constants import MAX_KEYS, TABLE_FLOOR
 from veriattn.spec.forward import Batch, BatchEntry, run_layer, start_step
 from veriattn.spec.local import LocalOperations
 from veriattn.spec.model import LayerTensors, ModelConfig, ModelTensors
@@ -60,24 +60,33 @@ def default_calibration_text() -> str:
 
 
 def canonical_config(source: Source) -> ModelConfig:
-    """Architecture of the canonical model that a source becomes."""
+    """Architecture of the canonical model that a source becomes. Raises: ModelError for sizes that it cannot have."""
     c = source.config
-    return ModelConfig(
-        hidden_size=c.hidden_size,
-        num_layers=c.num_layers,
-        num_heads=c.num_heads,
-        num_kv_heads=c.num_kv_heads,
-        head_dim=c.head_dim,
-        intermediate_size=c.intermediate_size,
-        vocab_size=c.vocab_size,
-        max_positions=c.max_positions,
-        rotary_dim=c.rotary_dim,
-        rms_eps=float(np.float32(c.rms_eps)),
-        qkv_bias=c.attention_bias,
-        qk_norm=c.qk_norm,
-        # A bias on k is a constant offset that int8 would spend its range on; the calibrated centre removes it.
-        k_center=c.attention_bias,
-    )
+    try:
+        return ModelConfig(
+            hidden_size=c.hidden_size,
+            num_layers=c.num_layers,
+            num_heads=c.num_heads,
+            num_kv_heads=c.num_kv_heads,
+            head_dim=c.head_dim,
+            intermediate_size=c.intermediate_size,
+            vocab_size=c.vocab_size,
+            max_positions=min(c.max_positions, MAX_KEYS),
+            rotary_dim=c.rotary_dim,
+            rms_eps=float(np.float32(c.rms_eps)),
+            qkv_bias=c.attention_bias,
+            qk_norm=c.qk_norm,
+            # A bias on k is a constant offset that int8 would spend its range on; the calibrated centre removes it.
+            k_center=c.attention_bias,
+        )
+    except ModelError as error:
+        raise ModelError(error.message, hint="docs/spec.md section 2 has the sizes that are supported") from None
+
+
+def _notes(source: Source) -> tuple[str, ...]:
+    full = source.config.max_positions
+    clamped = (f"context clamped from {full} to {MAX_KEYS} positions",) if full > MAX_KEYS else ()
+    return source.config.notes + clamped
 
 
 def convert(
@@ -105,7 +114,7 @@ def convert(
         raise ModelError(
             f"cannot write the model to {out}: {error.strerror}", hint="is there room, and may you write there?"
         ) from error
-    return ConversionReport(digest, out, sum(len(w) for w in windows), source.config.notes)
+    return ConversionReport(digest, out, sum(len(w) for w in windows), _notes(source))
 
 
 def _silent(_what: str, _done: int, _total: int) -> None:
