@@ -1,0 +1,63 @@
+"""`redteam`: lie to the verifier many times, and count what it catches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from veriattn.cli.output import Progress, error_json, json_option, model_option, note, print_error, print_json
+from veriattn.errors import EXIT_OK, InternalError
+from veriattn.home import resolve_model
+
+
+@click.command()
+@model_option
+@click.option("--trials", type=click.IntRange(min=1), default=200, show_default=True, help="Random faults to inject.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed that chooses the faults.")
+@click.option("--attack", "attacks", multiple=True, metavar="PATTERN",
+              help="Only attacks of such names (bit/*, header_*). May be given several times.")  # fmt: skip
+@json_option
+def redteam(model: str, trials: int, seed: int, attacks: tuple[str, ...], as_json: bool) -> int:
+    """Tampering campaign: lying provers, a fresh session after every reject, honest twins in between.
+
+    Reports trials, detections and error codes per attack. A lie that was not met by its error, anything released from a
+    wrong claim, or an honest prover that was rejected ends the command with exit code 1.
+
+    \b
+    Example:
+      veriattn redteam -m smollm2 --trials 50
+      veriattn redteam -m smollm2 --attack "bit/*" --json
+    """
+    # A lying prover has no business in the process of any other command.
+    from veriattn.redteam.campaign import run  # noqa: PLC0415
+
+    path = resolve_model(model)
+    progress = Progress()
+    try:
+        result = run(path, trials, seed, list(attacks) or None, lambda done, total: progress("trials", done, total))
+    finally:
+        progress.close()
+    failed = InternalError(
+        f"the campaign found {result['failures']} failures", hint="report it privately, see SECURITY.md"
+    )
+    if as_json:
+        print_json(result if result["ok"] else {**result, "error": error_json(failed)})
+    else:
+        _show(result)
+    if result["ok"]:
+        note("every lie was met by its error, and no honest claim was rejected")
+        return EXIT_OK
+    print_error(failed)
+    return failed.exit_code
+
+
+def _show(result: dict[str, Any]) -> None:
+    width = max(map(len, result["attacks"]), default=0)
+    for name, tally in result["attacks"].items():
+        codes = ", ".join(f"{code} {count}" for code, count in sorted(tally["codes"].items()))
+        click.echo(f"{name:{width}}  {tally['detections']}/{tally['trials']}  {codes}")
+    honest = result["honest"]
+    click.echo(f"honest: {honest['sessions']} sessions, {honest['checks']} checks, {honest['false_rejects']} rejected")
+    for example in result["failure_examples"]:
+        click.echo(f"FAILURE {example}")
