@@ -136,6 +136,7 @@ class _BoundedEnvironment(ImmutableSandboxedEnvironment):
         )
         self._steps = MAX_STEPS
         self._emitted = 0
+        self._sizes: dict[int, tuple[object, int, str | None]] = {}
         self.filters["tojson"] = _tojson
         for name in _REMOVED_FILTERS:
             self.filters.pop(name, None)
@@ -147,6 +148,7 @@ class _BoundedEnvironment(ImmutableSandboxedEnvironment):
     def restart(self) -> None:
         """Begin another rendering with all of its allowance."""
         self._steps, self._emitted = MAX_STEPS, 0
+        self._sizes.clear()
 
     def _charge(self, steps: int) -> None:
         self._steps -= steps
@@ -155,27 +157,44 @@ class _BoundedEnvironment(ImmutableSandboxedEnvironment):
 
     def _measure(self, *values: object, printable: bool = False) -> int:
         """Characters and elements of `values`, all levels. Raises: _TemplateLimit where they are too many."""
-        stack, size = list(values), 0
-        while stack:
-            value = stack.pop()
-            size += 1
-            self._charge(1)
-            if isinstance(value, str | bytes):
-                size += len(value)
-                self._charge(len(value) // _CHARS_PER_STEP)
-            elif isinstance(value, int):
-                if value.bit_length() > _MAX_INT_BITS:
-                    raise _TemplateLimit("it makes a huge number")
-            elif isinstance(value, Mapping):
-                stack.extend(value.keys())
-                stack.extend(value.values())
-            elif isinstance(value, list | tuple):
-                stack.extend(value)
-            elif printable and not (value is None or isinstance(value, float | Undefined)):
+        total = 0
+        for value in values:
+            size, opaque = self._size(value)
+            total += size
+            if printable and opaque is not None:
                 # The text of other objects holds addresses or depends on the order of a hash table.
-                raise _TemplateLimit(f"it writes out a {type(value).__name__}")
-            if size > MAX_RENDERED_CHARS or len(stack) > MAX_RENDERED_CHARS:
-                raise _TemplateLimit(f"it makes a value of more than {MAX_RENDERED_CHARS} characters")
+                raise _TemplateLimit(f"it writes out a {opaque}")
+        return self._bounded(total)
+
+    def _size(self, value: object) -> tuple[int, str | None]:
+        """Size of a value and the name of a type in it that has no fixed text."""
+        self._charge(1)
+        if isinstance(value, str | bytes):
+            self._charge(len(value) // _CHARS_PER_STEP)
+            return 1 + len(value), None
+        if isinstance(value, int):
+            if value.bit_length() > _MAX_INT_BITS:
+                raise _TemplateLimit("it makes a huge number")
+            return 1, None
+        if not isinstance(value, list | tuple | dict):
+            fixed = value is None or isinstance(value, float | Undefined)
+            return 1, None if fixed else type(value).__name__
+        known = self._sizes.get(id(value))
+        if known is None:
+            parts = (
+                [self._size(part) for part in (*value, *value.values())]
+                if isinstance(value, dict)
+                else [self._size(part) for part in value]
+            )
+            size = self._bounded(1 + sum(size for size, _ in parts))
+            # The sandbox lets nothing change a container, and the reference keeps its id from being used again.
+            known = self._sizes[id(value)] = (value, size, next((name for _, name in parts if name is not None), None))
+        return known[1], known[2]
+
+    @staticmethod
+    def _bounded(size: int) -> int:
+        if size > MAX_RENDERED_CHARS:
+            raise _TemplateLimit(f"it makes a value of more than {MAX_RENDERED_CHARS} characters")
         return size
 
     def bound_emit(self, size: int) -> str:
@@ -206,7 +225,7 @@ class _BoundedEnvironment(ImmutableSandboxedEnvironment):
                 raise _TemplateLimit("it replaces by too long a text too often")
 
     def _joined(self, separator: object, parts: object) -> None:
-        if not isinstance(parts, str | list | tuple | Mapping | Undefined):
+        if not isinstance(parts, str | list | tuple | dict | Undefined):
             raise _TemplateLimit("it joins something other than a list; pass it through `list` first")
         count = 0 if isinstance(parts, Undefined) else len(parts)
         if self._measure(parts, printable=True) + count * self._measure(separator, printable=True) > MAX_RENDERED_CHARS:
@@ -264,16 +283,17 @@ class _BoundedEnvironment(ImmutableSandboxedEnvironment):
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805
         """A call by the template: of a method, a macro or one of the globals."""
         receiver, name = getattr(__obj, "__self__", None), getattr(__obj, "__name__", "")
-        if receiver is not __self:
-            __self._measure(*args, *kwargs.values())
+        if receiver is __self:
+            # A call that _InsertBounds put there; no template gets hold of the environment.
+            return __obj(*args)
+        __self._measure(*args, *kwargs.values())
         if isinstance(receiver, str | bytes):
             if name == "replace":
                 __self._replaced(receiver, args)
             elif name == "join" and args:
                 __self._joined(receiver, args[0])
         result = super().call(__context, __obj, *args, **kwargs)
-        if receiver is not __self:
-            __self._measure(result)
+        __self._measure(result)
         return result
 
 
