@@ -270,11 +270,11 @@ def test_metrics_count_what_happened(server: Running) -> None:
 
 
 def test_logs_hold_no_prompt_and_no_answer(server: Running) -> None:
-    secret = "the quick brown secret"
-    answer = server.chat(secret, max_tokens=24, headers={"X-Request-Id": "secret-1"})
+    prompt = "the quick brown fox of mine"
+    answer = server.chat(prompt, max_tokens=24, headers={"X-Request-Id": "secret-1"})
     server.wait_for("request", request_id="secret-1")
     log = "\n".join(server.raw)
-    assert secret not in log
+    assert prompt not in log
     assert answer.json()["choices"][0]["message"]["content"] not in log
     assert server.get("/v1/models/secret-path-part").status_code == 404
     assert "secret-path-part" not in "\n".join(server.raw)
@@ -390,14 +390,18 @@ def test_the_lying_switch_needs_demo(server: Running) -> None:
 # -- connections ---------------------------------------------------------------------------------------------------
 
 
+def head_of(body: bytes) -> bytes:
+    lines = ["POST /v1/chat/completions HTTP/1.1", "Host: x", "Connection: close", "Content-Type: application/json"]
+    return "\r\n".join([*lines, f"Content-Length: {len(body)}", "", ""]).encode()
+
+
 def test_a_client_that_goes_away_is_cancelled(server: Running) -> None:
     body = json.dumps(chat_body(max_tokens=900, ignore_eos=True, stream=True)).encode()
-    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
     for stream in (True, False):
         raw = body if stream else body.replace(b'"stream": true', b'"stream": null')
         tokens = server.metric("vllm:generation_tokens_total")
         with socket.create_connection(("127.0.0.1", server.port)) as sock:
-            sock.sendall(head.replace(str(len(body)), str(len(raw))).encode() + raw)
+            sock.sendall(head_of(raw) + raw)
             end = time.monotonic() + 20
             while server.metric("vllm:generation_tokens_total") < tokens + 5:
                 assert time.monotonic() < end
@@ -409,8 +413,7 @@ def test_a_client_that_goes_away_is_cancelled(server: Running) -> None:
 def test_a_body_in_small_pieces(server: Running) -> None:
     body = json.dumps(chat_body()).encode()
     with socket.create_connection(("127.0.0.1", server.port)) as sock:
-        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
-        for at, piece in enumerate([head.encode(), body[:10], body[10:11], body[11:]]):
+        for at, piece in enumerate([head_of(body), body[:10], body[10:11], body[11:]]):
             sock.sendall(piece)
             time.sleep(0.02 * (at < 3))
         answer = b""

@@ -1,0 +1,212 @@
+"""Provers that lie, die or fall silent under a real server: who pays, who does not, and how it comes back."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
+import pytest
+from tests.server.harness import Running, Start, chat_body
+
+FAST = "[prover]\nfirst_backoff_s = 0.01\nmax_backoff_s = 0.2\n"
+
+
+class Stream(threading.Thread):
+    """Reads a stream to its end, whatever that is."""
+
+    def __init__(self, server: Running, **fields: Any) -> None:
+        super().__init__()
+        self._server, self._body = server, chat_body(stream=True, ignore_eos=True, **fields)
+        self.objects: list[Any] = []
+        self.status = 0
+        self.text = ""
+        self.started = threading.Event()
+        self.start()
+
+    def run(self) -> None:
+        with httpx.stream("POST", self._server.url + "/v1/chat/completions", json=self._body, timeout=60) as response:
+            self.status = response.status_code
+            if self.status != 200:
+                response.read()
+                self.objects.append(response.json())
+                return
+            for line in response.iter_lines():
+                if line.startswith("data: "):
+                    data = line[6:]
+                    self.objects.append(data if data == "[DONE]" else json.loads(data))
+                    self._note(self.objects[-1])
+
+    def _note(self, event: Any) -> None:
+        if isinstance(event, dict) and event.get("choices"):
+            self.text += event["choices"][0]["delta"].get("content") or ""
+            if len(self.objects) > 3:
+                self.started.set()
+
+    def result(self) -> Any:
+        self.join(60)
+        assert not self.is_alive()
+        return self.objects[-1]
+
+
+def truth(server: Running, tokens: int) -> str:
+    return str(server.chat(max_tokens=tokens, ignore_eos=True).json()["choices"][0]["message"]["content"])
+
+
+@pytest.mark.parametrize("order", ["lie", "garbage"])
+def test_a_caught_prover_ends_the_stream_with_an_error_and_is_replaced(start: Start, order: str) -> None:
+    server = start(FAST)
+    full = truth(server, 400)
+    stream = Stream(server, max_tokens=400)
+    stream.started.wait(20)
+    server.trigger.write_text(order)
+    last = stream.result()
+    assert last["error"]["type"] == "server_error"
+    assert last["error"]["code"] == ("transcript_mismatch" if order == "garbage" else last["error"]["code"])
+    if order == "lie":
+        assert last["error"]["code"] in ("freivalds_mismatch", "attention_mismatch")
+        assert "layers." in last["error"]["message"] or "lm_head" in last["error"]["message"]
+    assert "[DONE]" not in stream.objects
+    assert full.startswith(stream.text)  # what left before was the truth
+    assert stream.text
+    server.wait_ready(seconds=10)
+    assert truth(server, 400) == full
+    assert server.metric("veriattn:alarm") == 1
+    assert server.metric("veriattn:rejects_total", code=last["error"]["code"]) == 1
+    assert server.metric("veriattn:sessions_total") == 2
+    assert server.get("/health").status_code == 200
+
+
+def test_a_failure_before_the_first_token_has_a_status_and_no_receipt(start: Start) -> None:
+    server = start(FAST)
+    server.trigger.write_text("lie")
+    for stream in (False, True):
+        server.trigger.write_text("lie")
+        response = server.chat(stream=stream)
+        assert response.status_code == 502
+        assert response.json()["error"]["code"] in ("freivalds_mismatch", "attention_mismatch")
+        assert "x-receipt-id" not in response.headers
+        server.wait_ready(seconds=10)
+    assert server.metric("veriattn:receipts_total") == 0
+
+
+@pytest.mark.parametrize("how", ["kill", "die"])
+def test_a_dead_prover_costs_nobody_anything(start: Start, how: str) -> None:
+    server = start(FAST)
+    full = truth(server, 300)
+    streams = [Stream(server, max_tokens=300) for _ in range(3)]
+    for s in streams:
+        s.started.wait(20)
+    if how == "die":
+        server.trigger.write_text("die")
+    else:
+        (pid,) = server.prover_pids()
+        os.kill(pid, signal.SIGKILL)
+    for s in streams:
+        assert s.result() == "[DONE]"
+        assert s.text == full
+    assert server.metric("veriattn:prover_faults_total", code="prover_unavailable") == 1
+    assert server.metric("veriattn:request_retries_total") == 3
+    assert server.metric("veriattn:alarm") == 0
+
+
+def test_a_silent_prover_is_replaced_after_the_step_timeout(start: Start) -> None:
+    server = start(FAST + "[engine]\nstep_timeout_s = 1\n")
+    full = truth(server, 20)
+    server.trigger.write_text("hang")
+    assert truth(server, 20) == full
+    assert server.metric("veriattn:prover_faults_total", code="prover_timeout") == 1
+
+
+def test_a_prover_that_ends_while_idle_is_noticed(start: Start) -> None:
+    server = start(FAST)
+    (pid,) = server.prover_pids()
+    os.kill(pid, signal.SIGKILL)
+    server.wait_for("the prover failed", seconds=10)
+    server.wait_ready(seconds=10)
+    assert server.prover_pids() != [pid]
+
+
+def test_requests_that_were_not_in_the_step_are_finished(start: Start) -> None:
+    # One at a time: the second waits while the first meets the lie.
+    server = start(FAST + "[engine]\nmax_sequences = 1\n")
+    full = truth(server, 200)
+    first = Stream(server, max_tokens=200)
+    first.started.wait(20)
+    others = [Stream(server, max_tokens=200) for _ in range(2)]
+    while server.metric("vllm:num_requests_waiting") < 2:
+        time.sleep(0.005)
+    server.trigger.write_text("lie")
+    assert "error" in first.result()
+    for s in others:
+        assert s.result() == "[DONE]"
+        assert s.text == full
+
+
+def test_a_prover_that_keeps_lying_makes_the_server_unready_and_an_honest_one_ready_again(start: Start) -> None:
+    server = start(FAST.replace("[prover]", "[prover]\nmax_restarts = 2"))
+    server.trigger.write_text("lie-always")
+    assert server.chat().status_code == 502
+    state = server.wait_for("state", state="failing")
+    assert state["level"] == "info"
+    assert server.get("/ready").status_code == 503
+    refused = server.chat()
+    assert refused.status_code == 503
+    assert refused.json()["error"]["code"] == "not_ready"
+    assert "retry-after" in refused.headers
+    assert server.get("/health").status_code == 200
+    server.trigger.unlink()
+    server.wait_ready(seconds=10)
+    assert server.chat().status_code == 200
+
+
+def test_a_prover_that_lies_from_the_start_never_gets_the_server_ready(start: Start, tmp_path: Any) -> None:
+    server = start(FAST.replace("[prover]", "[prover]\nmax_restarts = 1"), wait=False)
+    server.trigger.write_text("lie-always")
+    # The canary may have been caught before the trigger came; the honest request has not passed with a liar.
+    server.wait_for("state", state="failing", seconds=60)
+    assert server.get("/ready").status_code == 503
+
+
+def test_faults_under_load_lose_and_mix_up_nothing(start: Start) -> None:
+    server = start(
+        FAST.replace("[prover]", "[prover]\nrequest_retries = 20\nmax_restarts = 20") + "[engine]\nmax_sequences = 4\n"
+    )
+
+    def ask(i: int) -> tuple[int, str]:
+        response = server.chat(f"number {i}", max_tokens=60 + i, seed=i, temperature=1, ignore_eos=True)
+        body = response.json()
+        return response.status_code, "" if "error" in body else body["choices"][0]["message"]["content"]
+
+    alone = {i: ask(i) for i in range(16)}
+    with ThreadPoolExecutor(16) as pool:
+        running = {i: pool.submit(ask, i) for i in range(16)}
+        for order in ("die", "lie", "die", "lie"):
+            time.sleep(0.25)
+            server.trigger.write_text(order)
+        answers = {i: f.result() for i, f in running.items()}
+    for i, (status, text) in answers.items():
+        assert status in (200, 502)
+        assert text == ("" if status == 502 else alone[i][1])
+    assert sum(status == 200 for status, _ in answers.values()) >= 16 - 2 * 4
+    server.trigger.unlink(missing_ok=True)
+    server.wait_ready(seconds=10)
+    assert ask(3) == alone[3]
+
+
+def test_the_demo_switch_shows_a_rejection(start: Start) -> None:
+    server = start(FAST, "--demo")
+    assert server.get("/v1/models").json()["data"][0]["veriattn"]["demo"] is True
+    stream = Stream(server, max_tokens=100, veriattn={"lie": True, "events": True})
+    error = stream.result()["error"]
+    assert error["code"] in ("freivalds_mismatch", "attention_mismatch")
+    assert "layers." in error["message"]
+    shown = [o for o in stream.objects if "veriattn" in o]
+    assert 3 <= len(shown) <= 9
+    server.wait_ready(seconds=10)
+    assert server.chat().status_code == 200
