@@ -1,0 +1,205 @@
+"""A thin wrapper around the OpenAI SDK that keeps raw bytes, sends nonces, and checks receipts.
+
+Works with SDK 2.x (httpx) and 3.x (httpx2): whichever HTTP library the installed SDK is built on is used.
+"""
+
+from __future__ import annotations
+
+import importlib
+import secrets
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from types import ModuleType
+from typing import Any
+
+from veriattn.attest.canonical import Json
+from veriattn.attest.policy import Policy
+from veriattn.attest.quotes import production_verifiers
+from veriattn.attest.receipts import NONCE_HEADER, RECEIPT_HEADER
+from veriattn.attest.verify import Expectations, ReceiptVerifier, Verification
+from veriattn.client.bundle import Bundle
+from veriattn.client.remote import Remote
+from veriattn.errors import AttestationError, UsageError
+
+_GENERATION_PATHS = ("/chat/completions", "/completions")
+
+
+@dataclass
+class Exchange:
+    """One request and its response, as bytes. `complete` is False while a stream has not been read to its end."""
+
+    request: bytes
+    nonce: str
+    receipt_id: str | None = None
+    chunks: list[bytes] = field(default_factory=list, repr=False)
+    complete: bool = False
+
+    @property
+    def response(self) -> bytes:
+        return b"".join(self.chunks)
+
+
+def http_library(openai: ModuleType) -> ModuleType:
+    """The HTTP library that an OpenAI SDK is built on: httpx2 for 3.x, httpx before. Raises: UsageError."""
+    for base in openai.DefaultHttpxClient.__mro__:
+        name = base.__module__.partition(".")[0]
+        if name in ("httpx", "httpx2"):
+            return importlib.import_module(name)
+    raise UsageError("this version of the OpenAI SDK is built on an unknown HTTP library", hint="2.x and 3.x work")
+
+
+def capturing_transport(library: ModuleType, inner: Any, keep: Callable[[Exchange], None]) -> Any:
+    """A transport of `library` that sends through `inner`, adds a nonce to each generation and keeps what passes."""
+
+    class Captured(library.SyncByteStream):  # type: ignore[misc,name-defined]
+        def __init__(self, stream: Any, exchange: Exchange) -> None:
+            self._stream, self._exchange = stream, exchange
+
+        def __iter__(self) -> Iterator[bytes]:
+            for chunk in self._stream:
+                self._exchange.chunks.append(bytes(chunk))
+                yield chunk
+            self._exchange.complete = True
+
+        def close(self) -> None:
+            self._stream.close()
+
+    class Transport(library.BaseTransport):  # type: ignore[misc,name-defined]
+        def handle_request(self, request: Any) -> Any:
+            if request.method != "POST" or not request.url.path.endswith(_GENERATION_PATHS):
+                return inner.handle_request(request)
+            nonce = request.headers.get(NONCE_HEADER) or secrets.token_hex(32)
+            request.headers[NONCE_HEADER] = nonce
+            # What is hashed in the TEE is what it sends; a proxy that compresses must be told not to.
+            request.headers["Accept-Encoding"] = "identity"
+            exchange = Exchange(request.read(), nonce)
+            response = inner.handle_request(request)
+            exchange.receipt_id = response.headers.get(RECEIPT_HEADER)
+            keep(exchange)
+            response.stream = Captured(response.stream, exchange)
+            return response
+
+        def close(self) -> None:
+            inner.close()
+
+    return Transport()
+
+
+class VerifiedOpenAI:
+    """`openai` is an ordinary OpenAI client; afterwards `verify` checks the receipt of what it received.
+
+        client = VerifiedOpenAI("https://host/v1", api_key, policy=Policy.load(path), model_digests=[digest])
+        answer = client.openai.chat.completions.create(model="m", messages=[...])
+        client.verify(answer).require()
+
+    policy: without one nothing can be verified (measurements must be pinned). model_digests: accepted models, beside the
+    policy's. keep: how many exchanges are remembered. transport: what to send through, of the SDK's HTTP library.
+
+    Trust: the answer is in the caller's hands before `verify` is called. Call it before you act on it.
+    """
+
+    def __init__(
+        self,
+        base_url: str,
+        api_key: str,
+        *,
+        policy: Policy | None = None,
+        model_digests: tuple[str, ...] | list[str] = (),
+        collateral: str | None = None,
+        remote: Remote | None = None,
+        keep: int = 64,
+        transport: Any = None,
+        verifier: ReceiptVerifier | None = None,
+        clock: Callable[[], float] = time.time,
+        **openai_options: Any,
+    ) -> None:
+        import openai  # noqa: PLC0415 - an extra
+
+        library = http_library(openai)
+        policy = policy or Policy()
+        self._verifier = verifier or ReceiptVerifier(production_verifiers(policy))
+        self._digests = (*policy.model_digests, *model_digests)
+        self._min_bits, self._collateral, self._clock, self._keep = policy.min_soundness_bits, collateral, clock, keep
+        self._remote = remote or Remote(base_url, api_key)
+        self._exchanges: OrderedDict[str, Exchange] = OrderedDict()
+        self.last: Exchange | None = None
+        inner = transport if transport is not None else library.HTTPTransport()
+        self._http = library.Client(
+            transport=capturing_transport(library, inner, self._remember),
+            timeout=openai_options.pop("timeout", 600.0),
+        )
+        self.openai = openai.OpenAI(base_url=base_url, api_key=api_key, http_client=self._http, **openai_options)
+
+    def _remember(self, exchange: Exchange) -> None:
+        self.last = exchange
+        if exchange.receipt_id is not None:
+            self._exchanges[exchange.receipt_id] = exchange
+            while len(self._exchanges) > self._keep:
+                self._exchanges.popitem(last=False)
+
+    def bundle(self, of: Any = None) -> Bundle:
+        """Everything that a check needs, fetched and ready to be saved.
+
+        of: an answer of the SDK, a receipt id, a response's id, an `Exchange`, or None for the last exchange.
+        Raises: UsageError for a stream that was not read to its end or an unknown exchange; ReceiptNotFound and
+        AttestationUnavailable where the server does not give what it should.
+        """
+        exchange, receipt = self._find(of)
+        if not exchange.complete:
+            raise UsageError("the response was not read to its end", hint="a stream's receipt exists once it has ended")
+        nonce = secrets.token_hex(32)
+        claimed_keyset = receipt.get("workload_keyset_digest")
+        keyset = claimed_keyset if isinstance(claimed_keyset, str) else None
+        attestation = self._remote.attestation(nonce, keyset)
+        return Bundle(receipt, attestation, exchange.request, exchange.response, exchange.nonce, nonce)
+
+    def verify(self, of: Any = None) -> Verification:
+        """Fetch and check the receipt; see `bundle` for `of`. `Verification.require` raises where it does not hold."""
+        bundle = self.bundle(of)
+        expect = Expectations(
+            now=int(self._clock()),
+            request=bundle.request,
+            response=bundle.response,
+            client_nonce=bundle.client_nonce,
+            attestation_nonce=bundle.attestation_nonce,
+            model_digests=self._digests,
+            min_soundness_bits=self._min_bits,
+            collateral=self._collateral,
+        )
+        if bundle.attestation is not None and _names_tls_keys(bundle.attestation):
+            expect = replace(expect, tls_spki_sha256=self._remote.tls_spki_sha256 or "none")
+        return self._verifier.verify(bundle.receipt, bundle.attestation, expect)
+
+    def _find(self, of: Any) -> tuple[Exchange, Json]:
+        if of is None or isinstance(of, Exchange):
+            exchange = of or self.last
+            if exchange is None:
+                raise UsageError("there was no exchange yet")
+            if exchange.receipt_id is None:
+                raise AttestationError("the response names no receipt", hint="is it an endpoint of `veriattn serve`?")
+            return exchange, self._remote.receipt(exchange.receipt_id)
+        name = of if isinstance(of, str) else getattr(of, "id", None)
+        if not isinstance(name, str):
+            raise UsageError(f"{type(of).__name__} is neither an answer nor an id")
+        receipt = self._remote.receipt(name)
+        found = self._exchanges.get(str(receipt.get("receipt_id")))
+        if found is None:
+            raise UsageError("that exchange is not remembered", hint="raise `keep`, or verify sooner")
+        return found, receipt
+
+    def close(self) -> None:
+        self.openai.close()
+
+    def __enter__(self) -> VerifiedOpenAI:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _names_tls_keys(attestation: Json) -> bool:
+    inner = attestation.get("attestation")
+    keyset = inner.get("workload_keyset") if isinstance(inner, dict) else None
+    return isinstance(keyset, dict) and bool(keyset.get("tls_public_keys"))
