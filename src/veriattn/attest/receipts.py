@@ -7,12 +7,13 @@ import re
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from veriattn.attest.canonical import Json, canonical, decimal_text, digest_of, plain, sha256_text
 from veriattn.attest.keys import DIGEST_PATTERN, NONCE_PATTERN, SigningKey
 from veriattn.errors import AttestationError
 from veriattn.spec.constants import SPEC_VERSION
+from veriattn.spec.sampler import SamplingParams
 
 API_VERSION = "aci/1"
 SCHEMA_VERSION = 1
@@ -43,20 +44,6 @@ RESULTS = {
 }
 
 
-class Sampling(Protocol):
-    """What the digest needs of `spec.sampler.SamplingParams`."""
-
-    temperature: float
-    top_k: int
-    top_p: float
-    min_p: float
-    repetition_penalty: float
-    presence_penalty: float
-    frequency_penalty: float
-    logit_bias: tuple[tuple[int, float], ...]
-    seed: int
-
-
 def ids_digest(ids: Sequence[int]) -> str:
     """Digest of token ids: SHA-256 of `veriattn/token-ids/1`, their count as little-endian u64, each as u32."""
     return sha256_text(b"veriattn/token-ids/1" + struct.pack(f"<Q{len(ids)}I", len(ids), *ids))
@@ -67,7 +54,7 @@ def config_digest(config: Mapping[str, Any]) -> str:
     return digest_of(plain(dict(config)))
 
 
-def sampling_json(params: Sampling, max_tokens: int, *, ignore_eos: bool = False) -> Json:
+def sampling_json(params: SamplingParams, max_tokens: int, *, ignore_eos: bool = False) -> Json:
     """Everything that the canonical sampler reads, binary64 values as decimal text, the seed as text of its u64."""
     return {
         "temperature": decimal_text(params.temperature),

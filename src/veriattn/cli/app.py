@@ -14,6 +14,7 @@ from veriattn.cli.doctor import doctor
 from veriattn.cli.generate import generate
 from veriattn.cli.models import convert, evaluate, pull
 from veriattn.cli.output import error_json, print_error, print_json
+from veriattn.cli.receipt import receipt
 from veriattn.cli.redteam import redteam
 from veriattn.cli.serve import api_key, serve
 from veriattn.errors import EXIT_INTERNAL, EXIT_INTERRUPTED, EXIT_OK, EXIT_USAGE, UsageError, VeriattnError
@@ -36,7 +37,7 @@ def app() -> None:
     """
 
 
-for command in (pull, convert, generate, evaluate, redteam, serve, api_key, doctor):
+for command in (pull, convert, generate, evaluate, redteam, serve, api_key, receipt, doctor):
     app.add_command(command)
 
 

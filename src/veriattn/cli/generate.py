@@ -24,6 +24,7 @@ from veriattn.cli.output import (
     print_json,
     threads_option,
 )
+from veriattn.cli.receipt import write_local_receipt
 from veriattn.cli.report import generation_json, in_words
 from veriattn.convert.pull import PUBLISHED
 from veriattn.engine.engine import Engine, EngineConfig, Request, RequestState, TokenOutput
@@ -80,6 +81,8 @@ _MAX_PROMPTS_BYTES = 256 << 20
 @click.option(
     "--digest", metavar="SHA256", help="Refuse a model of another digest.  [default: pinned for pulled names]"
 )
+@click.option("--receipt", "receipt_file", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE",
+              help="Write a signed receipt, to be checked or replayed (`veriattn receipt`).")  # fmt: skip
 @threads_option
 @json_option
 def generate(model: str, prompt: str | None, prompts_file: Path | None, as_json: bool, **options: Any) -> int:
@@ -95,6 +98,8 @@ def generate(model: str, prompt: str | None, prompts_file: Path | None, as_json:
       veriattn generate -m smollm2 --prompts-file prompts.txt --json
     """
     prompts = _prompts(prompt, prompts_file, raw=options["raw"])
+    if options["receipt_file"] is not None and prompts_file is not None:
+        raise UsageError("--receipt is for one prompt", hint="leave --prompts-file out")
     path = resolve_model(model)
     params = SamplingParams(
         temperature=options["temperature"],
@@ -109,8 +114,19 @@ def generate(model: str, prompt: str | None, prompts_file: Path | None, as_json:
     config = _engine_config(model, path, options)
     if options["threads"] is not None:
         set_threads(options["threads"])
-    run = _Run(model, path, config, single=prompts_file is None, as_json=as_json)
+    run = _Run(model, path, config, single=prompts_file is None, as_json=as_json, receipt=options["receipt_file"])
     return run(prompts, params, options)
+
+
+def _body(text: str, options: dict[str, Any]) -> dict[str, Any]:
+    """What is asked, as a request to the server would say it. Raises: UsageError."""
+    system = options["system"]
+    if options["raw"]:
+        if system is not None:
+            raise UsageError("--system has no place in a --raw prompt", hint="write it into the prompt")
+        return {"prompt": text}
+    messages = [] if system is None else [{"role": "system", "content": system}]
+    return {"messages": [*messages, {"role": "user", "content": text}]}
 
 
 def _prompts(prompt: str | None, file: Path | None, *, raw: bool) -> list[str]:
@@ -206,7 +222,11 @@ def _tiling(text: str | None) -> Tiling | None:
 class _Run:
     """One invocation: loads, submits, streams, and accounts for it even when it ends early."""
 
-    def __init__(self, model: str, path: Path, config: EngineConfig, *, single: bool, as_json: bool) -> None:
+    def __init__(
+        self, model: str, path: Path, config: EngineConfig, *, single: bool, as_json: bool, receipt: Path | None
+    ) -> None:
+        self._receipt = receipt
+        self._body: dict[str, Any] = {}
         self._name, self._path, self._config, self._single, self._as_json = model, path, config, single, as_json
         self._mark = UNVERIFIED_MARK if config.strategy == "dangerous-unverified" else ""
         self._stream = TextStream(self._mark, to_stderr=as_json)
@@ -224,6 +244,7 @@ class _Run:
             engine = Engine(self._path, self._config, on_bytes=on_bytes)
             ids = [engine.submit(self._request(engine, text, params, options)) for text in prompts]
             self._states = [engine.states[i] for i in ids]
+            self._body = _body(prompts[0], options)
             progress("starting the prover", 0, 0)
             self._start(engine)
         finally:
@@ -249,14 +270,8 @@ class _Run:
 
     @staticmethod
     def _request(engine: Engine, text: str, params: SamplingParams, options: dict[str, Any]) -> Request:
-        codec, system = engine.codec, options["system"]
-        if options["raw"]:
-            if system is not None:
-                raise UsageError("--system has no place in a --raw prompt", hint="write it into the prompt")
-            prompt_ids = codec.encode(text)
-        else:
-            messages = [] if system is None else [{"role": "system", "content": system}]
-            prompt_ids = codec.encode_chat([*messages, {"role": "user", "content": text}])
+        codec, body = engine.codec, _body(text, options)
+        prompt_ids = codec.encode_chat(body["messages"]) if "messages" in body else codec.encode(text)
         return Request(
             prompt_ids=tuple(prompt_ids),
             params=params,
@@ -303,6 +318,8 @@ class _Run:
         )
         if error is not None:
             print_error(error)
+        if error is None and self._receipt is not None:
+            write_local_receipt(self._receipt, engine, self._states[0], self._body)
         released = sum(len(s.output_ids) for s in self._states)
         if error is None or interrupted or released:
             note(f"{self._mark}{in_words(data, released)}")

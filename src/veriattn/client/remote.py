@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import http.client
 import ssl
@@ -14,6 +15,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from veriattn.attest.canonical import Json, parse_object
 from veriattn.attest.keys import check_nonce
+from veriattn.attest.quotes import MAX_QUOTE_BYTES, hex_field
 from veriattn.errors import AttestationError, AttestationUnavailable, ReceiptNotFound, UsageError
 
 _MAX_BYTES = 8 << 20
@@ -100,21 +102,14 @@ class Remote:
 
 def fetch_collateral(evidence: Json, url: str | None = None) -> str:
     """Intel's collateral for a TDX quote, from Intel's service or another PCCS. Raises: AttestationUnavailable."""
-    import asyncio  # noqa: PLC0415 - only where something is fetched
-    import inspect  # noqa: PLC0415
-
     import dcap_qvl  # noqa: PLC0415 - an extra
 
-    from veriattn.attest.quotes import MAX_QUOTE_BYTES, hex_field  # noqa: PLC0415
+    async def fetch() -> str:
+        found = await (dcap_qvl.get_collateral(url, quote) if url else dcap_qvl.get_collateral_from_pcs(quote))
+        return str(found.to_json())
 
     quote = hex_field(evidence, "quote", MAX_QUOTE_BYTES)
     try:
-        found = dcap_qvl.get_collateral(url, quote) if url else dcap_qvl.get_collateral_from_pcs(quote)
-        collateral = asyncio.run(_awaited(found)) if inspect.isawaitable(found) else found
+        return asyncio.run(fetch())
     except (ValueError, OSError, RuntimeError) as e:
         raise AttestationUnavailable(f"no collateral to be had: {' '.join(str(e).split())[:200]}") from None
-    return str(collateral.to_json())
-
-
-async def _awaited(value: object) -> object:
-    return await value  # type: ignore[misc]

@@ -233,9 +233,9 @@ class Replayer:
             if not out.matches:
                 return out
             params, ignore_eos = sampling_params(parsed.event["sampling"])
-            stops = _stops(request)
+            ending = _Ending.of(request, parsed.event, ignore_eos)
             for c in parsed.event["choices"]:
-                _Choice(self._model, out, c, claimed[c["index"]], params, ignore_eos, stops).run(prompts[c["prompt"]])
+                _Choice(self._model, out, c, claimed[c["index"]], params, ending).run(prompts[c["prompt"]])
         except (AttestationError, UsageError) as e:
             out.steps.append(Step("replay", "FAIL", e.message))
         return out
@@ -273,12 +273,27 @@ def _step(name: str, ok: bool, good: str, bad: str) -> Step:
     return Step(name, "PASS" if ok else "FAIL", good if ok else bad)
 
 
-def _stops(request: bytes) -> tuple[str, ...]:
-    stop = json.loads(request).get("stop")
-    stops = [stop] if isinstance(stop, str) else stop or []
-    if not isinstance(stops, list) or not all(isinstance(s, str) for s in stops):
-        raise UsageError("the request's stop strings are not text")
-    return tuple(stops)
+@dataclass(frozen=True)
+class _Ending:
+    """What may end an answer: stop strings, end-of-text tokens, and how many tokens were asked for (None: not known)."""
+
+    stops: tuple[str, ...]
+    ignore_eos: bool
+    max_tokens: int | None
+
+    @classmethod
+    def of(cls, request: bytes, event: Json, ignore_eos: bool) -> _Ending:
+        body = json.loads(request)
+        stop = body.get("stop")
+        stops = [stop] if isinstance(stop, str) else stop or []
+        if not isinstance(stops, list) or not all(isinstance(s, str) for s in stops):
+            raise UsageError("the request's stop strings are not text")
+        wanted = body.get("max_completion_tokens")
+        wanted = body.get("max_tokens") if wanted is None else wanted
+        if wanted is None and len(event["prompts"]) == 1:
+            # The server's default, of which the receipt is the only record.
+            wanted = event["sampling"].get("max_tokens")
+        return cls(tuple(stops), ignore_eos, wanted if type(wanted) is int else None)
 
 
 class _Choice:
@@ -291,11 +306,10 @@ class _Choice:
         recorded: Json,
         claimed: ClaimedChoice,
         params: SamplingParams,
-        ignore_eos: bool,
-        stops: tuple[str, ...],
+        ending: _Ending,
     ) -> None:
         self._model, self._out, self._recorded, self._claimed = model, out, recorded, claimed
-        self._params, self._ignore_eos, self._stops = params, ignore_eos, stops
+        self._params, self._ending = params, ending
         self._count: int = recorded["output_tokens"]
         self._digest: str = recorded["output_ids_sha256"]
         self._name = f"choice.{recorded['index']}"
@@ -314,7 +328,7 @@ class _Choice:
         bad = difference or "the model draws other token ids than the receipt records"
         out.steps.append(_step(f"{self._name}.tokens", same, f"{len(ids)} token ids are the model's own", bad))
         if same:
-            self._compare_text(ids)
+            self._compare_text(ids, len(prompt))
 
     def _draw(self, prompt: tuple[int, ...]) -> tuple[list[int], str | None]:
         """The ids that the model draws, and where they differ from the recorded ones if those are known exactly."""
@@ -391,12 +405,12 @@ class _Choice:
     def _sample(self, row: Any, prompt: Sequence[int], drawn: Sequence[int]) -> int:
         return sample(row, self._params, prompt, drawn, len(prompt) + len(drawn), self._recorded["choice"])
 
-    def _compare_text(self, ids: list[int]) -> None:
+    def _compare_text(self, ids: list[int], prompt_tokens: int) -> None:
         """What the engine makes of the ids must be what the response says, and its end must be a right one."""
-        decoder, matcher = IncrementalDecoder(self._model.codec), StopMatcher(self._stops)
+        decoder, matcher = IncrementalDecoder(self._model.codec), StopMatcher(self._ending.stops)
         text, reason = "", "length"
         for at, token in enumerate(ids):
-            if token in self._model.codec.eos_ids and not self._ignore_eos:
+            if token in self._model.codec.eos_ids and not self._ending.ignore_eos:
                 reason, piece = "stop", decoder.finish()
             else:
                 piece = decoder.push(token)
@@ -407,6 +421,11 @@ class _Choice:
                 wrong = f"the answer should have ended at token {at}"
                 self._out.steps.append(Step(f"{self._name}.text", "FAIL", wrong))
                 return
+        wanted, full = self._ending.max_tokens, prompt_tokens + len(ids) >= self._model.manifest.config.max_positions
+        if reason == "length" and wanted is not None and len(ids) != wanted and not full:
+            wrong = f"the answer was cut after {len(ids)} of {wanted} tokens"
+            self._out.steps.append(Step(f"{self._name}.text", "FAIL", wrong))
+            return
         if reason == "length":
             text += matcher.push(decoder.finish())
         text += matcher.finish()

@@ -169,7 +169,7 @@ class VerifiedOpenAI:
             collateral=self._collateral,
         )
         if bundle.attestation is not None and _names_tls_keys(bundle.attestation):
-            expect = replace(expect, tls_spki_sha256=self._remote.tls_spki_sha256 or "none")
+            expect = replace(expect, tls_spki_sha256=self._remote.tls_spki_sha256 or "no TLS")
         return self._verifier.verify(bundle.receipt, bundle.attestation, expect)
 
     def _find(self, of: Any) -> tuple[Exchange, Json]:
