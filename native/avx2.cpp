@@ -11,7 +11,7 @@ namespace va {
 const Kernels avx2_kernels = {
     avx2::norm_quantise, avx2::quantise, avx2::qkv_epilogue, avx2::attention_epilogue,
     avx2::mlp_epilogue, avx2::dequantise, ROWS, avx2::gemm, avx2::prepare_bytes, avx2::prepare,
-    avx2::tile_queries, avx2::attention, avx2::transfer, avx2::dot_i32, avx2::dot_i8,
+    avx2::tile_queries, avx2::attention, avx2::transfer, avx2::attention_weights, avx2::weighted_values, avx2::dot_i32, avx2::dot_i8,
     avx2::dot_i64, avx2::project, nullptr,
 };
 

@@ -24,6 +24,8 @@ void attention_with(const AttentionArgs& s, i64 kv, i64 i0, i64 i1, PageScores p
 // out[r] = -128 * sum of row r.
 void row_offsets(const int8_t* a, i64 lda, i64 k, i64 rows, int32_t* out);
 void transfer(const TransferArgs& s, i64 kv);
+void attention_weights(const WeightsArgs& s, i64 head, i64 i0, i64 i1);
+void weighted_values(const ValuesArgs& s, i64 kv, i64 i0, i64 i1);
 void dot_i32(const int32_t* y, i64 n, const uint64_t* r, i64 t0, i64 t1, int32_t* copy, uint64_t* out);
 void dot_i8(const int8_t* a, i64 stride, i64 k, const uint64_t* u, i64 t0, i64 t1, uint64_t* out, i64 out_stride);
 bool dot_i64(const int64_t* o, i64 stride, i64 k, const uint64_t* u, i64 t0, i64 t1, uint64_t* out, i64 out_stride);

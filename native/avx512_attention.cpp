@@ -586,5 +586,75 @@ void transfer(const TransferArgs& s, i64 kv) {
     }
 }
 
+// --- softmax and products apart --------------------------------------------------------------------------------------
+
+void attention_weights(const WeightsArgs& s, i64 head, i64 i0, i64 i1) {
+    const i64 kv = head / (s.heads / s.kv_heads);
+    float* t = (float*)scratch(S_T, sizeof(float) * (size_t)(s.keys + 64));
+    const Table table;
+    for (i64 i = i0; i < i1; i++) {
+        const i64 n = min64(s.start + i + 1, s.keys);
+        const int32_t* row = s.scores + (head * s.tokens + i) * s.keys;
+        uint16_t* out = s.p + (head * s.tokens + i) * s.keys;
+        __m512 best = _mm512_set1_ps(-__builtin_inff());
+        for (i64 j = 0; j < n; j += 16) {
+            const __mmask16 live = n - j >= 16 ? 0xffff : (__mmask16)((1u << (n - j)) - 1);
+            const float* scale = s.k_scale + ((i64)s.table[j / PAGE] * s.kv_heads + kv) * PAGE + j % PAGE;
+            const __m512 value = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_maskz_loadu_epi32(live, row + j)), _mm512_loadu_ps(scale));
+            _mm512_storeu_ps(t + j, value);
+            best = _mm512_mask_max_ps(best, live, best, value);
+        }
+        const __m512 m = _mm512_set1_ps(_mm512_reduce_max_ps(best)), q_scale = _mm512_set1_ps(s.q_scale[i * s.heads + head]);
+        for (i64 j = 0; j < s.keys; j += 32) {
+            const i64 seen = n - j, there = s.keys - j;
+            const __mmask32 live = seen >= 32 ? ~0u : seen > 0 ? (1u << seen) - 1 : 0, room = there >= 32 ? ~0u : (1u << there) - 1;
+            __m512i p = _mm512_setzero_si512();
+            if (live) {
+                const __m512i w = weights(_mm512_mul_ps(_mm512_sub_ps(m, _mm512_loadu_ps(t + j)), q_scale),
+                                          _mm512_mul_ps(_mm512_sub_ps(m, _mm512_loadu_ps(t + j + 16)), q_scale), table);
+                p = _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtepi32_epi16(w)),
+                                       _mm512_cvtepi32_epi16(_mm512_srli_epi32(w, 16)), 1);
+            }
+            _mm512_mask_storeu_epi16(out + j, room, _mm512_maskz_mov_epi16(live, p));
+        }
+    }
+}
+
+void weighted_values(const ValuesArgs& s, i64 kv, i64 i0, i64 i1) {
+    if (!by_hand(s.d)) {
+        avx2_kernels.values(s, kv, i0, i1);
+        return;
+    }
+    const i64 d = s.d, group = s.heads / s.kv_heads, rows = (i1 - i0) * group;
+    int32_t* pairs = (int32_t*)scratch(S_GEMM, sizeof(int32_t) * (size_t)(PAGE / 2 * d));
+    int32_t* p = (int32_t*)scratch(S_ROW2, sizeof(int32_t) * (size_t)(PAGE / 2 * 32));
+    int64_t* o = (int64_t*)scratch(S_ROW, sizeof(int64_t) * (size_t)(d * 32));
+    AttentionArgs pages{};
+    pages.v_pages = s.v_pages, pages.table = s.table, pages.kv_heads = s.kv_heads, pages.d = d;
+    for (i64 first = 0; first < rows; first += 32) {
+        const i64 count = min64(32, rows - first);
+        memset(o, 0, sizeof(int64_t) * (size_t)(d * 32));
+        memset(p, 0, sizeof(int32_t) * (size_t)(PAGE / 2 * 32));
+        for (i64 page = 0; page * PAGE < s.keys; page++) {
+            const i64 base = page * PAGE, keys = min64(PAGE, s.keys - base);
+            prepare_page(pages, kv, page, nullptr, nullptr, pairs);
+            for (i64 r = 0; r < count; r++) {
+                const i64 x = first + r;
+                const uint16_t* from = s.p + ((kv * group + x % group) * s.tokens + i0 + x / group) * s.keys + base;
+                for (i64 j = 0; j + 1 < keys; j += 2) memcpy(p + j / 2 * 32 + r, from + j, 4);
+                if (keys & 1) p[keys / 2 * 32 + r] = from[keys - 1];
+            }
+            i64 c = 0;
+            for (; c + 8 <= d; c += 8) columns<2, 8>(p, (keys + 1) / 2, pairs + c, d, 1, o + c * 32);
+            for (; c < d; c += 4) columns<2, 4>(p, (keys + 1) / 2, pairs + c, d, 1, o + c * 32);
+        }
+        for (i64 r = 0; r < count; r++) {
+            const i64 x = first + r;
+            int64_t* to = s.o + ((i0 + x / group) * s.heads + kv * group + x % group) * d;
+            for (i64 c = 0; c < d; c++) to[c] = o[c * 32 + r];
+        }
+    }
+}
+
 }  // namespace avx512
 }  // namespace va

@@ -16,6 +16,8 @@ struct Code<int8_t> { static constexpr const char *codes = "b", *name = "int8"; 
 template <>
 struct Code<uint8_t> { static constexpr const char *codes = "B?", *name = "uint8"; };
 template <>
+struct Code<uint16_t> { static constexpr const char *codes = "H", *name = "uint16"; };
+template <>
 struct Code<int32_t> { static constexpr const char *codes = "i", *name = "int32"; };
 template <>
 struct Code<int64_t> { static constexpr const char *codes = "lq", *name = "int64"; };

@@ -106,6 +106,24 @@ struct TransferArgs {
     uint64_t* pg;
 };
 
+// P of given scores, and O = P V of given weights (the baseline that has softmax on one side and products on the other).
+struct WeightsArgs {
+    const int32_t* scores;  // (heads, tokens, keys)
+    const float* q_scale;   // (tokens, heads)
+    const float* k_scale;   // (pages, kv_heads, PAGE)
+    const int32_t* table;
+    i64 tokens, heads, kv_heads, keys, start;
+    uint16_t* p;  // (heads, tokens, keys), 0 where a key is not visible
+};
+
+struct ValuesArgs {
+    const uint16_t* p;  // (heads, tokens, keys), at most 16384
+    const int8_t* v_pages;
+    const int32_t* table;
+    i64 tokens, heads, kv_heads, keys, d;
+    int64_t* o;  // (tokens, heads, d)
+};
+
 // --- one instruction set -------------------------------------------------------------------------------------------
 
 // How PackedLinear stores its weights.
@@ -135,6 +153,8 @@ struct Kernels {
     i64 (*tile_queries)(const AttentionArgs& s);
     void (*attention)(const AttentionArgs& s, i64 kv, i64 i0, i64 i1);
     void (*transfer)(const TransferArgs& s, i64 kv);
+    void (*weights)(const WeightsArgs& s, i64 head, i64 i0, i64 i1);
+    void (*values)(const ValuesArgs& s, i64 kv, i64 i0, i64 i1);
 
     // out[t, rep] = sum_n y[t, n] * r[rep, n] mod p; each y is read from memory once, and stored to copy unless null.
     void (*dot_i32)(const int32_t* y, i64 n, const uint64_t* r, i64 t0, i64 t1, int32_t* copy, uint64_t* out);

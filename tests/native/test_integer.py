@@ -258,6 +258,27 @@ def test_attention_transfer(isa: str, seed: int, tokens: int, start: int, kv: in
     assert np.argwhere(got[0] == 0).tolist() == [[i, h]]
 
 
+@EXACT
+@ATTENTION
+def test_softmax_and_products_apart(isa: str, seed: int, tokens: int, start: int, kv: int, group: int, d: int) -> None:
+    rng = np.random.default_rng(seed)
+    tokens = min(tokens, 40)
+    keys, heads = start + tokens, kv * group
+    table, k_pages, k_scale, v_pages, _ = cache(rng, keys, kv, d)
+    q = int8s(rng, tokens, heads, d)
+    q_scale = (2.0 ** rng.uniform(-14, 2, (tokens, heads))).astype(np.float32)
+    k = np.ascontiguousarray(reference.gather_pages(k_pages, table, keys))
+    scores = np.stack([reference.gemm_i8(q[:, h], k[:, h // group]) for h in range(heads)])
+    p = kernels.attention_weights_paged(scores, q_scale, k_scale, table, start)
+    assert np.array_equal(p, reference.attention_weights_paged(scores, q_scale, k_scale, table, start))
+    o = kernels.weighted_values(p, v_pages, table)
+    assert np.array_equal(o, reference.weighted_values(p, v_pages, table))
+    assert np.array_equal(o, kernels.attention(q, q_scale, k_pages, k_scale, v_pages, table, start)[0])
+    p.flat[-1] = 16385
+    with pytest.raises(InternalError):
+        kernels.weighted_values(p, v_pages, table)
+
+
 def test_attention_of_many_keys(isa: str) -> None:
     # Equal keys and the longest context: L, O and P.g at their bounds, every accumulator at its fullest.
     keys, d = 131_072, 16

@@ -18,7 +18,6 @@ import numpy.typing as npt
 
 from veriattn.errors import ConfigError, InternalError, NumericsError
 from veriattn.native import _native
-from veriattn.spec import reference
 from veriattn.spec.constants import query_scale_constant
 from veriattn.spec.field import U8, U64
 from veriattn.spec.reference import F32, I8, I32, I64
@@ -234,6 +233,24 @@ def attention_transfer(
     return ok, row_sum, pg
 
 
+@_checked
+def attention_weights_paged(
+    scores_i32: I32, q_scale: F32, k_scale_pages: F32, block_table: I32, start: int
+) -> npt.NDArray[np.uint16]:
+    """See `spec.reference.attention_weights_paged`."""
+    p = np.empty(scores_i32.shape, np.uint16)
+    _native.attention_weights(scores_i32, q_scale, k_scale_pages, block_table, start, p)
+    return p
+
+
+@_checked
+def weighted_values(p_u16: npt.NDArray[np.uint16], v_pages: I8, block_table: I32) -> I64:
+    """See `spec.reference.weighted_values`. Raises: InternalError where a weight is above 16384."""
+    o = np.empty((p_u16.shape[1], p_u16.shape[0], v_pages.shape[3]), np.int64)
+    _native.weighted_values(p_u16, v_pages, block_table, o)
+    return o
+
+
 # --- field ------------------------------------------------------------------------------------------------------------
 
 
@@ -343,8 +360,3 @@ def set_threads(n: int) -> None:
 def get_threads() -> int:
     """Threads that one call may use; by default the CPUs that this process may run on."""
     return _native.get_threads()
-
-
-# Not native yet: the baseline `tsdp` alone uses them.
-attention_weights_paged = reference.attention_weights_paged
-weighted_values = reference.weighted_values
