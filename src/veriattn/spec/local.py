@@ -121,6 +121,10 @@ class LocalOperations:
         for cache in self._caches:
             cache.free(seq_id)
 
+    def nonzero_cache_bytes(self) -> int:
+        """Bytes of all caches that are not zero: none once every sequence has been freed."""
+        return sum(int(np.count_nonzero(a.view(np.uint8))) for c in self._caches for a in c.arrays.values())
+
     @property
     def cache_bytes(self) -> int:
         return sum(c.nbytes for c in self._caches)
