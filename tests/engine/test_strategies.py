@@ -11,7 +11,7 @@ from tests.helpers import ARCHITECTURES, make_model
 from veriattn.engine.engine import Engine, EngineConfig, Request
 from veriattn.engine.strategies import STRATEGIES, Strategy
 from veriattn.spec.sampler import SamplingParams
-from veriattn.verifier.mediated import Tiling
+from veriattn.verifier.tiling import Tiling
 from veriattn.wire.emulate import Throttle
 from veriattn.wire.messages import AttentionCheck
 

@@ -34,7 +34,7 @@ from veriattn.home import models_directory, resolve_model
 from veriattn.native import set_threads
 from veriattn.spec.modelfile import WEIGHTS_FILE
 from veriattn.spec.sampler import SamplingParams
-from veriattn.verifier.mediated import Tiling
+from veriattn.verifier.tiling import Tiling
 from veriattn.wire.emulate import Throttle
 from veriattn.wire.messages import AttentionCheck
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from veriattn.engine.scheduler import FinishReason, Scheduler, Sequence
 from veriattn.engine.strategies import GUARANTEES, Executor, ExecutorReport, LoadedModel, Strategy, load
@@ -16,10 +16,11 @@ from veriattn.errors import ConfigError, ProverTimeout, ProverUnavailable, Usage
 from veriattn.shield.permutation import ShieldMode
 from veriattn.spec.forward import Batch
 from veriattn.spec.sampler import SamplingParams, logprobs, sample
+from veriattn.trace import NO_TRACE, TRACE_VARIABLE, ProverFile, Trace, summary, to_chrome
 from veriattn.verifier.launch import ChildProver, Launcher, Prover, RemoteProver
-from veriattn.verifier.mediated import Tiling
 from veriattn.verifier.model import VerifierModel
 from veriattn.verifier.session import SessionConfig
+from veriattn.verifier.tiling import Tiling
 from veriattn.wire.emulate import Throttle
 from veriattn.wire.messages import AttentionCheck
 
@@ -30,7 +31,7 @@ class EngineConfig:
 
     prover_address: of a prover that listens (tcp://, vsock://, unix://); default: one is started here.
     prefill_chunk: most tokens of one step. retries: how often a prover that died or fell silent is replaced before the
-    error is raised; a prover that was caught lying is never retried here.
+    error is raised; a prover that was caught lying is never retried here. trace: where `close` writes a Chrome trace.
     """
 
     strategy: Strategy = "run-ahead"
@@ -38,7 +39,7 @@ class EngineConfig:
     max_sequences: int = 64
     kv_tokens: int = 1 << 18
     attention_check: AttentionCheck = AttentionCheck.REPLAY
-    tiling: Tiling | None = None
+    tiling: Tiling | Literal["auto"] | None = None
     emulate_link: Throttle | None = None
     prover_kv_tokens: int | None = None
     prover_kv_total: int | None = None
@@ -53,6 +54,7 @@ class EngineConfig:
     step_timeout_s: float = 300.0
     retries: int = 1
     expected_digest: str | None = None
+    trace: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -141,6 +143,11 @@ class Engine:
         c = self.config
         if c.prover_address is not None and (c.prover_command is not None or c.prover_threads is not None):
             raise ConfigError("a prover at an address is started, and given threads, where it is")
+        if c.trace is not None and c.strategy == "full-tee":
+            raise ConfigError("a trace shows both sides of a link, full-tee has none", hint="choose another strategy")
+        self._trace: Trace = NO_TRACE if c.trace is None else Trace()
+        self._prover_trace = ProverFile() if c.trace is not None and c.prover_address is None else None
+        self.trace_summary: dict[str, Any] | None = None
         session_config = SessionConfig(
             max_tokens_per_step=c.prefill_chunk,
             max_sequences=c.max_sequences,
@@ -155,6 +162,7 @@ class Engine:
             shield_first_layers=c.shield_first_layers,
             start_timeout_s=c.start_timeout_s,
             step_timeout_s=c.step_timeout_s,
+            trace=self._trace,
         )
         self.model: LoadedModel = load(
             c.strategy,
@@ -182,7 +190,8 @@ class Engine:
         c = self.config
         if c.prover_address is not None:
             return RemoteProver(c.prover_address, c.step_timeout_s, c.emulate_link)
-        return ChildProver(model, c.prover_command, c.prover_threads, c.step_timeout_s, c.emulate_link)
+        environment = {} if self._prover_trace is None else {TRACE_VARIABLE: self._prover_trace.path}
+        return ChildProver(model, c.prover_command, c.prover_threads, c.step_timeout_s, c.emulate_link, environment)
 
     @property
     def guarantee(self) -> str:
@@ -362,7 +371,23 @@ class Engine:
         return total
 
     def close(self) -> None:
+        """End the session. Writes the trace, if there is one. Raises: UsageError where that cannot be written."""
         self.reset()
+        if self.config.trace is not None and self.trace_summary is None:
+            self._write_trace(self.config.trace)
+
+    def _write_trace(self, path: Path) -> None:
+        spans = list(self._trace.spans)
+        if self._prover_trace is not None:
+            spans += self._prover_trace.spans()
+            self._prover_trace.close()
+        link = self.config.emulate_link
+        title = self.config.strategy + ("" if link is None else f", emulated link of {link.gb_per_s:g} GB/s")
+        self.trace_summary = summary(spans)
+        try:
+            path.write_text(to_chrome(spans, title))
+        except OSError as e:
+            raise UsageError(f"cannot write the trace to {path}: {e.strerror}") from e
 
     def __enter__(self) -> Engine:
         return self

@@ -16,6 +16,7 @@ from veriattn.prover.finder import ModelFinder
 from veriattn.prover.split import SplitProver, SplitStep
 from veriattn.spec.constants import SPEC_VERSION
 from veriattn.spec.forward import Batch, BatchEntry
+from veriattn.trace import TRACE_VARIABLE, FileTrace
 from veriattn.wire.channel import Channel
 from veriattn.wire.messages import (
     BadRequest,
@@ -51,6 +52,7 @@ class ChannelSink:
         self._channel = channel
 
     def claim(self, name: str, values: np.ndarray[Any, Any]) -> None:
+        self._channel.trace.label = name
         self._channel.send(Kind.CLAIM, values)
 
 
@@ -97,7 +99,12 @@ def serve(
         limits, config = hello.limits, backend.config
         operation_bytes = max_request_bytes(config, limits) if hello.mode is Mode.OPERATIONS else 0
         shares = SplitProver(channel, config, limits)
+        trace = FileTrace(os.environ[TRACE_VARIABLE]) if TRACE_VARIABLE in os.environ else None
+        if trace is not None:
+            channel.set_trace(trace)
         while True:
+            if trace is not None:
+                trace.flush()
             kind, payload = channel.recv_any(limits, operation_bytes=operation_bytes)
             if kind is Kind.SHUTDOWN:
                 return

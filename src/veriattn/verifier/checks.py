@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +25,7 @@ from veriattn.spec.forward import AttentionInput, Batch, BatchEntry
 from veriattn.spec.kv import PagedCache
 from veriattn.spec.model import ModelConfig
 from veriattn.spec.reference import F32, I8, I32, I64
+from veriattn.trace import NO_TRACE, Trace
 from veriattn.verifier.keys import REPETITIONS, U64, KeySet
 from veriattn.wire.channel import Channel
 from veriattn.wire.messages import AttentionCheck, Kind
@@ -112,6 +114,22 @@ def _join(parts: list[np.ndarray[Any, Any]]) -> np.ndarray[Any, Any]:
     return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
 
 
+_Args = ParamSpec("_Args")
+_Result = TypeVar("_Result")
+
+
+def _timed(
+    method: Callable[Concatenate[ClaimChecker, _Args], _Result],
+) -> Callable[Concatenate[ClaimChecker, _Args], _Result]:
+    """Record each call as a check while there is a trace."""
+
+    def run(self: ClaimChecker, /, *args: _Args.args, **kwargs: _Args.kwargs) -> _Result:
+        with self.trace.span("check"):
+            return method(self, *args, **kwargs)
+
+    return functools.update_wrapper(run, method)
+
+
 class ClaimChecker:
     """Checks claims against the session's keys and the verifier's own operands. Raises on the first mismatch.
 
@@ -119,13 +137,21 @@ class ClaimChecker:
     Soundness: verifier/keys.py; derivation in docs/soundness.md.
     """
 
-    def __init__(self, config: ModelConfig, keys: KeySet, track_scores: bool, counts: CheckCounts) -> None:
-        self.config, self.keys, self.counts = config, keys, counts
+    def __init__(
+        self,
+        config: ModelConfig,
+        keys: KeySet,
+        track_scores: bool,
+        counts: CheckCounts,
+        trace: Trace = NO_TRACE,
+    ) -> None:
+        self.config, self.keys, self.counts, self.trace = config, keys, counts, trace
         self.shapes = config.linear_shapes()
         self.cache = VerifiedCache(config, keys, track_scores)
         self.prime = np.uint64(P)
         self._group = config.num_heads // config.num_kv_heads
 
+    @_timed
     def linear(self, name: str, a_i8: I8, claimed_i32: I32) -> I32:
         """Check claimed == a @ W[name].T for every row; returns the claim, verified.
 
@@ -141,6 +167,7 @@ class ClaimChecker:
         self.counts.linear_rows += len(ok)
         return claimed_i32
 
+    @_timed
     def append(self, layer: int, batch: Batch, x: AttentionInput) -> list[U64]:
         """Add the batch's keys and values to the verifier's cache; returns each entry's challenge sum before it."""
         return [
@@ -148,6 +175,7 @@ class ClaimChecker:
             for e, rows in zip(batch.entries, batch.slices(), strict=True)
         ]
 
+    @_timed
     def expected_by_replay(
         self, layer: int, seq_id: int, start: int, q_i8: I8, q_scale: F32, kv_heads: range | None = None
     ) -> tuple[I32, U64]:
@@ -162,6 +190,7 @@ class ClaimChecker:
             )
         return _join([p[0] for p in parts]), _join([p[1] for p in parts])
 
+    @_timed
     def expected_by_transfer(
         self,
         layer: int,
@@ -207,6 +236,7 @@ class ClaimChecker:
         for i, kv in enumerate(kv_heads):
             yield slice(i * self._group, (i + 1) * self._group), arrays, cache.head_table(seq_id, kv)
 
+    @_timed
     def outputs(
         self, layer: int, seq_id: int, start: int, claimed_i64: I64, expected: U64, first_kv_head: int = 0
     ) -> None:
@@ -267,6 +297,7 @@ class RunAheadOperations:
 
     def linear(self, name: str, a_i8: I8) -> I32:
         """See `Operations.linear`. Raises: FreivaldsMismatch; ProverFault and below."""
+        self._checker.trace.label = name
         claimed_i32 = np.empty((a_i8.shape[0], self._checker.shapes[name][0]), np.int32)
         self._receive(claimed_i32)
         return self._checker.linear(name, a_i8, claimed_i32)
@@ -280,6 +311,7 @@ class RunAheadOperations:
     def _whole(self, layer: int, batch: Batch, x: AttentionInput) -> tuple[I64, I32]:
         checker, c = self._checker, self._checker.config
         slices = batch.slices()
+        checker.trace.label = f"layers.{layer}.attention"
         before = checker.append(layer, batch, x)
         expected, row_sums = [], []
         for entry, rows, c_before in zip(batch.entries, slices, before, strict=True):

@@ -6,9 +6,8 @@ import queue
 import threading
 import time
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from itertools import pairwise
-from typing import TypeVar
+from collections.abc import Callable
+from typing import Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +20,7 @@ from veriattn.spec.forward import AttentionInput, Batch
 from veriattn.spec.reference import I8, I32, I64
 from veriattn.verifier.checks import ClaimChecker, Split
 from veriattn.verifier.own import OwnLayers
+from veriattn.verifier.tiling import AutoTiling, Tiling
 from veriattn.wire.channel import Channel
 from veriattn.wire.messages import AttentionCheck, Buffer, Kind
 from veriattn.wire.operations import (
@@ -41,54 +41,37 @@ _Integer = TypeVar("_Integer", np.int32, np.int64)
 _LINEAR_TILE_ROWS = 128
 
 
-@dataclass(frozen=True)
-class Tiling:
-    """Level 1: head blocks per layer. Level 2: row tiles per head block. `pipeline` off means one of each, in turn."""
-
-    head_blocks: int
-    row_tiles: int
-    pipeline: bool = True
-
-    @classmethod
-    def for_length(cls, tokens: int) -> Tiling:
-        """The paper's defaults: (2, 16) to 1k tokens, (4, 32) to 3k, (8, 32) above."""
-        if tokens <= 1024:
-            return cls(2, 16)
-        return cls(4, 32) if tokens <= 3072 else cls(8, 32)
-
-    def kv_blocks(self, kv_heads: int) -> list[range]:
-        """KV heads of each block; as even as they go."""
-        blocks = min(self.head_blocks, kv_heads) if self.pipeline else 1
-        edges = [kv_heads * i // blocks for i in range(blocks + 1)]
-        return [range(a, b) for a, b in pairwise(edges)]
-
-    def tile_rows(self, tokens: int) -> int:
-        """Rows of a tile."""
-        return -(-tokens // self.row_tiles) if self.pipeline else tokens
-
-
 class QueuedSender:
     """Sends on a thread of its own, so that requests are under way while claims are taken.
 
-    A channel allows one sender beside one receiver. An error is kept and raised in `flush`; the receiving side meets the
-    broken link by itself.
+    A channel allows one sender beside one receiver. An error is kept and raised by the next call; the receiving side meets
+    the broken link by itself. One thread calls `send`, `send_now` and `flush`.
     """
 
     def __init__(self, channel: Channel) -> None:
         self._channel = channel
         self._queue: queue.SimpleQueue[tuple[Kind, list[Buffer]] | threading.Event | None] = queue.SimpleQueue()
         self._error: VeriattnError | None = None
+        self._put = self._taken = 0  # messages for the thread, and those that it is done with
         self._thread = threading.Thread(target=self._run, name="veriattn-sender", daemon=True)
         self._thread.start()
 
     def send(self, kind: Kind, parts: list[Buffer]) -> None:
+        self._put += 1
         self._queue.put((kind, parts))
+
+    def send_now(self, kind: Kind, parts: list[Buffer]) -> None:
+        """Send from the calling thread. Only while the prover owes no answer: it takes what comes then, and neither side
+        can wait for the other. Raises: what sending raises."""
+        self.flush()
+        self._channel.send(kind, *parts)
 
     def flush(self) -> None:
         """Wait until everything has been handed to the link. Raises: what sending raised."""
-        done = threading.Event()
-        self._queue.put(done)
-        done.wait()
+        if self._taken != self._put:
+            done = threading.Event()
+            self._queue.put(done)
+            done.wait()
         if self._error is not None:
             raise self._error
 
@@ -100,11 +83,13 @@ class QueuedSender:
         while (item := self._queue.get()) is not None:
             if isinstance(item, threading.Event):
                 item.set()
-            elif self._error is None:
+                continue
+            if self._error is None:
                 try:
                     self._channel.send(item[0], *item[1])
                 except VeriattnError as e:
                     self._error = e
+            self._taken += 1
 
 
 class _Mediated(ABC):
@@ -117,9 +102,9 @@ class _Mediated(ABC):
         self._index = {name: i for i, name in enumerate(checker.shapes)}
 
     def _receive(self, out: npt.NDArray[_Integer]) -> npt.NDArray[_Integer]:
-        t = time.monotonic()
+        start = time.monotonic()
         self._channel.recv(Kind.CLAIM, out.nbytes, out)
-        self._checker.counts.receive_s += time.monotonic() - t
+        self._checker.counts.receive_s += time.monotonic() - start
         return out
 
     def attention(self, layer: int, batch: Batch, x: AttentionInput) -> tuple[I64, I32]:
@@ -132,6 +117,7 @@ class _Mediated(ABC):
 
     def linear(self, name: str, a_i8: I8) -> I32:
         """See `Operations.linear`. The first layers' projections stay here where the session says so."""
+        self._checker.trace.label = name
         if self._own is not None and self._own.has(name):
             return self._own.linear(name, a_i8)
         return self._ask_linear(name, a_i8)
@@ -178,6 +164,7 @@ class TsdpOperations(_Mediated):
 
     def _whole(self, layer: int, batch: Batch, x: AttentionInput) -> tuple[I64, I32]:
         checker, c = self._checker, self._checker.config
+        checker.trace.label = f"layers.{layer}.attention"
         before = checker.append(layer, batch, x)
         runs = tuple(Run(e.seq_id, e.start, e.num_tokens) for e in batch.entries)
         s = self._shown(layer, batch, x)
@@ -194,9 +181,10 @@ class TsdpOperations(_Mediated):
             row_sum, pg = checker.expected_by_transfer(
                 layer, run.seq_id, run.start, q, q_scale, x.k_i8[rows], c_before, scores
             )
-            p_u16 = attention_weights_paged(
-                scores, q_scale, cache.arrays["k_scale"], cache.table(run.seq_id), run.start
-            )
+            with checker.trace.span("replay"):  # the softmax, which this flow keeps here
+                p_u16 = attention_weights_paged(
+                    scores, q_scale, cache.arrays["k_scale"], cache.table(run.seq_id), run.start
+                )
             row_sums.append(row_sum)
             checked.append((run, pg, p_u16))
         for run, pg, p_u16 in checked:
@@ -221,33 +209,39 @@ class VeriattnOperations(_Mediated):
         channel: Channel,
         sender: QueuedSender,
         attention_check: AttentionCheck,
-        tiling: Tiling | None,
+        tiling: Tiling | Literal["auto"] | None,
         split: Split | None,
         shield: Shield | None,
         own: OwnLayers | None,
     ) -> None:
         super().__init__(checker, channel, split, shield, own)
-        self._sender, self._check, self._tiling = sender, attention_check, tiling
+        self._sender, self._check = sender, attention_check
+        self._tiling = None if tiling == "auto" else tiling
+        self._auto = AutoTiling() if tiling == "auto" else None
 
     def _ask_linear(self, name: str, a_i8: I8) -> I32:
         # Rows travel in tiles, so that checking one overlaps with computing the next.
         pipeline = self._tiling is None or self._tiling.pipeline
         tiles = row_tiles(a_i8.shape[0], _LINEAR_TILE_ROWS if pipeline else a_i8.shape[0])
-        for tile in tiles:
+        self._sender.send_now(Kind.LINEAR, self._request_linear(name, a_i8[tiles[0]]))
+        for tile in tiles[1:]:
             self._sender.send(Kind.LINEAR, self._request_linear(name, a_i8[tile]))
         verified = np.empty((a_i8.shape[0], self._checker.shapes[name][0]), np.int32)
         for tile in tiles:
             verified[tile] = self._check_linear(name, a_i8[tile], self._receive(verified[tile]))
-        self._sender.flush()
         return verified
 
     def _whole(self, layer: int, batch: Batch, x: AttentionInput) -> tuple[I64, I32]:
         checker, c = self._checker, self._checker.config
         group = c.num_heads // c.num_kv_heads
         longest = max(e.start + e.num_tokens for e in batch.entries)
-        tiling = self._tiling or Tiling.for_length(longest)
-        blocks = tiling.kv_blocks(c.num_kv_heads)
-        tile_rows = tiling.tile_rows(max(e.num_tokens for e in batch.entries))
+        most_rows = max(e.num_tokens for e in batch.entries)
+        if self._auto is not None:
+            tiling = self._auto.next(longest, most_rows, c.num_kv_heads)
+        else:
+            tiling = self._tiling or Tiling.default(longest, most_rows)
+        blocks, tile_rows = tiling.kv_blocks(c.num_kv_heads), tiling.tile_rows(most_rows)
+        checker.trace.label = f"layers.{layer}.attention"
         transfer = self._check is AttentionCheck.TRANSFER
         runs = tuple(Run(e.seq_id, e.start, e.num_tokens) for e in batch.entries)
         before = checker.append(layer, batch, x)
@@ -255,7 +249,7 @@ class VeriattnOperations(_Mediated):
         row_sums = np.empty((batch.num_tokens, c.num_heads), np.int32)
         shown = self._shown(layer, batch, x)
 
-        def request(kv: range) -> None:
+        def request(kv: range, send: Callable[[Kind, list[Buffer]], None]) -> None:
             heads, kvs = slice(kv.start * group, kv.stop * group), slice(kv.start, kv.stop)
             reply = Reply.SCORES_AND_OUTPUTS if transfer else Reply.OUTPUTS
             block = AttendRequest(
@@ -271,12 +265,13 @@ class VeriattnOperations(_Mediated):
                 np.ascontiguousarray(shown.k_scale[:, kvs]),
                 np.ascontiguousarray(shown.v_i8[:, kvs]),
             )
-            self._sender.send(Kind.ATTEND, encode_attend(block))
+            send(Kind.ATTEND, encode_attend(block))
 
-        request(blocks[0])
+        started = time.monotonic()
+        request(blocks[0], self._sender.send_now)
         for b, kv in enumerate(blocks):
             if tiling.pipeline and b + 1 < len(blocks):
-                request(blocks[b + 1])
+                request(blocks[b + 1], self._sender.send)
             heads, kvs = slice(kv.start * group, kv.stop * group), slice(kv.start, kv.stop)
             for run, rows, c_before in zip(runs, batch.slices(), before, strict=True):
                 sums = np.ascontiguousarray(c_before[kvs]) if transfer else c_before
@@ -284,6 +279,9 @@ class VeriattnOperations(_Mediated):
                     at = slice(rows.start + tile.start, rows.start + tile.stop)
                     start = run.start + tile.start
                     q, q_scale = x.q_i8[at, heads], x.q_scale[at, heads]
+                    if checker.trace.enabled:
+                        rows_ = f"rows {tile.start}-{tile.stop - 1}"
+                        checker.trace.label = f"layers.{layer}.attention heads {heads.start}-{heads.stop - 1} {rows_}"
                     if transfer:
                         k = np.ascontiguousarray(x.k_i8[at, kvs])
                         shape = (q.shape[1], q.shape[0], start + q.shape[0])
@@ -298,7 +296,6 @@ class VeriattnOperations(_Mediated):
                     claimed = self._restored(layer, run.seq_id, claimed, kv.start)
                     checker.outputs(layer, run.seq_id, start, claimed, pg, kv.start)
                     outputs[at, heads], row_sums[at, heads] = claimed, row_sum
-            if not tiling.pipeline and b + 1 < len(blocks):
-                request(blocks[b + 1])
-        self._sender.flush()
+        if self._auto is not None:
+            self._auto.took(tiling, most_rows, time.monotonic() - started)
         return outputs, row_sums

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Literal
 
 import numpy as np
 
@@ -17,13 +18,15 @@ from veriattn.spec.constants import SPEC_VERSION
 from veriattn.spec.forward import Batch, BatchEntry, Operations, check_batch, forward
 from veriattn.spec.modelfile import ModelDirectory
 from veriattn.spec.reference import F32
+from veriattn.trace import NO_TRACE, Trace
 from veriattn.verifier.checks import CheckCounts, ClaimChecker, RunAheadOperations
 from veriattn.verifier.keys import SOUNDNESS_BITS, KeySet
 from veriattn.verifier.launch import ChildProver, Launcher, Prover
-from veriattn.verifier.mediated import QueuedSender, Tiling, TsdpOperations, VeriattnOperations
+from veriattn.verifier.mediated import QueuedSender, TsdpOperations, VeriattnOperations
 from veriattn.verifier.model import VerifierModel
 from veriattn.verifier.own import OwnLayers, read_matrices
 from veriattn.verifier.split import SplitAttention
+from veriattn.verifier.tiling import Tiling
 from veriattn.wire.messages import (
     READY_BYTES,
     AttentionCheck,
@@ -76,7 +79,7 @@ class SessionConfig:
     max_sequences: int = 64
     kv_tokens: int = 1 << 20
     attention_check: AttentionCheck = AttentionCheck.REPLAY
-    tiling: Tiling | None = None
+    tiling: Tiling | Literal["auto"] | None = None
     prover_kv_tokens: int | None = None
     prover_kv_total: int | None = None
     offload_ratio: float | None = None
@@ -85,6 +88,7 @@ class SessionConfig:
     shield_first_layers: int = 0
     start_timeout_s: float = 600.0
     step_timeout_s: float = 300.0
+    trace: Trace = NO_TRACE
 
 
 @dataclass
@@ -163,6 +167,7 @@ class Session:
             self._destroy_secrets()
             raise
         self.channel = self._prover.channel
+        self.channel.set_trace(self.config.trace)
         try:
             self.ready = self._greet(flow.mode)
             if self._keys is not None:
@@ -205,7 +210,7 @@ class Session:
         limited = config.prover_kv_tokens is not None or config.prover_kv_total is not None
         check = config.attention_check
         track_scores = check is AttentionCheck.TRANSFER or self.flow is Flow.TSDP or limited
-        checker = ClaimChecker(self.model.tensors.config, keys, track_scores, self.stats.checks)
+        checker = ClaimChecker(self.model.tensors.config, keys, track_scores, self.stats.checks, self.config.trace)
         if self.flow is Flow.VERIATTN or limited:
             self._sender = QueuedSender(channel)
         if limited and self._sender is not None:
@@ -278,7 +283,8 @@ class Session:
         cpu = time.process_time()
         try:
             self.channel.timeout_s = self.config.step_timeout_s
-            logits = self._run_parts(batch)
+            with self.config.trace.span("step", f"step {self.stats.steps}"):
+                logits = self._run_parts(batch)
         except BaseException as e:
             self._end(e)
             raise
@@ -364,6 +370,8 @@ class Session:
         if self._own is not None:
             self._own.free(seq_id)
         try:
+            if self._sender is not None:
+                self._sender.flush()  # the link has one sender at a time
             self.channel.send(Kind.FREE, encode_free([seq_id]))
         except BaseException as e:
             self._end(e)

@@ -27,6 +27,7 @@ from veriattn.errors import (
     UsageError,
     VeriattnError,
 )
+from veriattn.trace import NO_TRACE, Trace
 from veriattn.wire.emulate import EmulatedTransport, PumpedStream, Throttle
 from veriattn.wire.messages import (
     ERROR_BYTES,
@@ -75,6 +76,14 @@ class Channel:
         self._header_view = memoryview(self._header)
         self._fault: VeriattnError | None = None
         self._closed = False
+        self.trace: Trace = NO_TRACE
+        self._mark = 0.0  # prover: when it last sent or received
+
+    def set_trace(self, trace: Trace) -> None:
+        """Record sending, receiving and waiting from here on."""
+        self.trace = trace
+        if isinstance(self._transport, EmulatedTransport):
+            self._transport.trace = trace
 
     # -- sending ---------------------------------------------------------------------------------------------
 
@@ -89,11 +98,19 @@ class Channel:
         views = [byte_view(buffer) for buffer in payload if memoryview(cast(Any, buffer)).nbytes]
         size = sum(map(len, views))
         header = HEADER.pack(MAGIC, kind, 0, self.session, self._send_seq, size)
+        trace, start = self.trace, time.monotonic()
+        if trace.enabled and self._mark:
+            trace.add("compute", self._mark, start)
+        waited_s = self._transport.write_wait_s
         try:
             self._transport.write_message([memoryview(header), *views], self._deadline(timeout_s))
         except VeriattnError as error:
             self._fault = error
             raise
+        if trace.enabled:
+            label = None if self._role is Role.PROVER else kind.name
+            trace.waited("blocked", start, self._transport.write_wait_s - waited_s, "send", label)
+            self._mark = time.monotonic() if self._role is Role.PROVER else 0.0
         self._send_seq += 1
         self.bytes_sent += HEADER_BYTES + size
 
@@ -130,11 +147,14 @@ class Channel:
         self._check_usable()
         if self._role is not Role.VERIFIER or self._remaining or payload_bytes < 0:
             raise InternalError("expect() out of order")
+        start, waited_s = time.monotonic(), self._transport.read_wait_s
         try:
             self._take_header(kind, payload_bytes, self._deadline(timeout_s))
         except VeriattnError as error:
             self._fault = error
             raise
+        if self.trace.enabled:
+            self.trace.waited("idle", start, self._transport.read_wait_s - waited_s, "copy-in")
 
     def _take_header(self, kind: Kind, payload_bytes: int, deadline: float | None) -> None:
         self._transport.read_into(self._header_view, deadline)
@@ -166,11 +186,14 @@ class Channel:
         view = byte_view(out)
         if not 0 < view.nbytes <= self._remaining:
             raise InternalError("recv_into() beyond the end of the message")
+        start, waited_s = time.monotonic(), self._transport.read_wait_s
         try:
             self._transport.read_into(view, self._deadline(timeout_s))
         except VeriattnError as error:
             self._fault = error
             raise
+        if self.trace.enabled:
+            self.trace.waited("idle", start, self._transport.read_wait_s - waited_s, "copy-in")
         self._remaining -= view.nbytes
         if self._remaining == 0:
             self._transport.end_message()
@@ -189,7 +212,8 @@ class Channel:
         self._check_usable()
         if self._role is not Role.PROVER:
             raise InternalError("the verifier never takes a message that it does not expect")
-        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        start = time.monotonic()
+        deadline = None if timeout_s is None else start + timeout_s
         self._transport.read_into(self._header_view, deadline)
         magic, kind, flags, session, seq, payload_bytes = HEADER.unpack(self._header)
         if magic != MAGIC or flags != 0 or seq != self._recv_seq or self.session not in (None, session):
@@ -209,6 +233,9 @@ class Channel:
         self.session = session
         self._recv_seq += 1
         self.bytes_received += HEADER_BYTES + payload_bytes
+        if self.trace.enabled:
+            self._mark = time.monotonic()
+            self.trace.add("idle", start, self._mark, "")
         return Kind(kind), bytes(payload)
 
     # -- life ------------------------------------------------------------------------------------------------

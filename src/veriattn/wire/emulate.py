@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Protocol, Self
 
 from veriattn.errors import UsageError, VeriattnError
+from veriattn.trace import NO_TRACE, Trace
 from veriattn.wire.stream import StreamTransport
 from veriattn.wire.transport import Role, Transport
 
@@ -66,6 +67,10 @@ class _Pipe:
         self._free_at = max(self._free_at, sent_at) + num_bytes / self._rate
         return self._free_at + self._delay_s
 
+    def crossed(self, num_bytes: int) -> tuple[float, float]:
+        """When the bytes of the last `arrival` were in the pipe, for traces."""
+        return self._free_at - num_bytes / self._rate, self._free_at
+
 
 def _sleep_until(when: float) -> None:
     remaining_s = when - time.monotonic()
@@ -91,6 +96,8 @@ class EmulatedTransport:
 
     def __init__(self, inner: Observed, throttle: Throttle, role: Role = Role.VERIFIER) -> None:
         self._inner, self._role = inner, role
+        self.trace: Trace = NO_TRACE
+        self.write_wait_s = self._slept_s = 0.0
         self._out, self._in = _Pipe(throttle), _Pipe(throttle)
         self._queue: deque[tuple[float, memoryview]] = deque()
         self._queued_bytes = 0
@@ -119,6 +126,7 @@ class EmulatedTransport:
             if self._fault is not None:
                 raise self._fault
             self._queue.append((self._out.arrival(len(message), time.monotonic()), message))
+            self.trace.add("to prover", *self._out.crossed(len(message)), track="link")
             self._queued_bytes += len(message)
             self._changed.notify_all()
 
@@ -153,10 +161,18 @@ class EmulatedTransport:
             piece = out[first : first + _PIECE_BYTES]
             self._inner.read_into(piece, deadline)
             due = self._in.arrival(len(piece), self._sent_at(self._inner.read_position()))
+            self.trace.add("from prover", *self._in.crossed(len(piece)), track="link")
         if deadline is not None and due > deadline:
             _sleep_until(deadline)
             raise self._role.timeout("answer")
+        start = time.monotonic()
         _sleep_until(due)
+        self._slept_s += time.monotonic() - start
+
+    @property
+    def read_wait_s(self) -> float:
+        """Seconds spent in waiting for the prover or for the link."""
+        return self._inner.read_wait_s + self._slept_s
 
     def _sent_at(self, position: int) -> float:
         """When the other side was first seen to have written up to `position`; now, if that is news."""
@@ -214,6 +230,7 @@ class PumpedStream:
         self._chunks: deque[memoryview] = deque()
         self._taken = self._written = 0
         self._changed = threading.Condition()
+        self.read_wait_s = self.write_wait_s = 0.0
         self._fault: VeriattnError | None = None
         self._closing = False
         self._thread = threading.Thread(target=self._pump, name="veriattn-emulated-stream", daemon=True)
@@ -248,9 +265,11 @@ class PumpedStream:
                 while self._written == self._taken:
                     if self._fault is not None:
                         raise self._fault
-                    timeout_s = None if deadline is None else deadline - time.monotonic()
+                    start = time.monotonic()
+                    timeout_s = None if deadline is None else deadline - start
                     if not self._changed.wait(timeout_s):
                         raise self._role.timeout("answer")
+                    self.read_wait_s += time.monotonic() - start
                 chunk = self._chunks[0]
                 count = min(len(chunk), len(out) - done)
                 out[done : done + count] = chunk[:count]

@@ -157,6 +157,7 @@ class _RingEnd:
         self._num_slots = self._size // slot_bytes
         self._control, self._poller, self._role = control, control.poller(), role
         self._pos = 0  # bytes since the start, private
+        self.waited_s = 0.0
         self._limit = 0  # bytes that may be read (or written) up to, from the last checked counter of the other side
 
     def _refresh(self) -> bool:
@@ -169,7 +170,8 @@ class _RingEnd:
                 return
         words, control, flag = self._words, self._control, self._base + flag
         words.store(flag, 1)
-        recheck_ms, idle_from = _RECHECK_MS, time.monotonic() + _IDLE_AFTER_S
+        start = time.monotonic()
+        recheck_ms, idle_from = _RECHECK_MS, start + _IDLE_AFTER_S
         try:
             while True:
                 gone = control.gone  # looked at first: what was published before the end still counts
@@ -185,6 +187,7 @@ class _RingEnd:
                     recheck_ms = _IDLE_RECHECK_MS
         finally:
             words.store(flag, 0)
+            self.waited_s += time.monotonic() - start
 
 
 class RingProducer(_RingEnd):
@@ -316,6 +319,16 @@ class RingTransport:
         self.read_position = self._consumer.read_position
         self.abort = control.abort
         self._closed = False
+
+    @property
+    def read_wait_s(self) -> float:
+        """Seconds spent in waiting for data."""
+        return self._consumer.waited_s
+
+    @property
+    def write_wait_s(self) -> float:
+        """Seconds spent in waiting for room."""
+        return self._producer.waited_s
 
     def close(self) -> None:
         """Unmap the segment and close the control socket."""

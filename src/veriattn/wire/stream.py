@@ -32,6 +32,7 @@ class StreamTransport:
         self._reader.register(sock, select.POLLIN)
         self._writer.register(sock, select.POLLOUT)
         self._buffer = memoryview(bytearray(_BUFFER_BYTES))
+        self.read_wait_s = self.write_wait_s = 0.0
         self._start = self._stop = 0  # unread bytes of the buffer
 
     def write_message(self, parts: Sequence[memoryview], deadline: float | None) -> None:
@@ -84,7 +85,12 @@ class StreamTransport:
         timeout_ms = poll_ms(deadline, _IDLE_MS)
         if timeout_ms <= 0:
             raise self._role.timeout(what)
+        start = time.monotonic()
         poller.poll(timeout_ms)
+        if poller is self._reader:
+            self.read_wait_s += time.monotonic() - start
+        else:
+            self.write_wait_s += time.monotonic() - start
 
     def end_message(self) -> None:
         """Nothing to skip: frames follow each other without padding."""

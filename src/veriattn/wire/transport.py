@@ -40,7 +40,14 @@ class Transport(Protocol):
     """A pair of ordered byte streams. One thread may write while another reads.
 
     `deadline` is a value of `time.monotonic()`, or None to wait for as long as the other side lives.
+    `read_wait_s`, `write_wait_s`: seconds spent in waiting for the other side so far, for measuring.
     """
+
+    @property
+    def read_wait_s(self) -> float: ...
+
+    @property
+    def write_wait_s(self) -> float: ...
 
     def write_message(self, parts: Sequence[memoryview], deadline: float | None) -> None:
         """Write one whole message; `parts` are non-empty and contiguous bytes."""
