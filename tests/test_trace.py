@@ -55,7 +55,7 @@ def test_both_sides(strategy: Strategy, link: str, tiny_model: Path, listening_p
         assert "check lm_head" in checked
     if strategy == "veriattn":  # per tile: two head blocks of one KV head, 16 tiles of 7 rows
         tiles = {n for n in checked if n.startswith("check layers.1.attention heads")}
-        assert len(tiles) == 2 * 15 + 2  # the last of 16 is empty; decode adds its single row in one piece
+        assert len(tiles) == 2 * 15 + 1  # 100 rows make 15 tiles; a decode step has one
         assert "check layers.1.attention heads 3-5 rows 7-13" in tiles
     if link == "emulated":
         assert spans_of(text, "link from prover") or strategy == "dangerous-unverified"
@@ -131,7 +131,7 @@ def test_prover_file_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     os.ftruncate(fd, 1 << 40)
     os.pwrite(fd, b"idle\t1\t2\tx\n" * 200, 0)
     os.close(fd)
-    assert 0 < len(file.spans()) <= 1000 // 11
+    assert 0 < len(file.spans()) <= 1000 // 11 + 1
     file.close()
 
 
