@@ -17,7 +17,6 @@ from tests.convert.models import SIZES, float_model, text_of
 from tests.helpers import Bits
 
 from veriattn.convert.converter import convert
-from veriattn.convert.pull import PUBLISHED
 from veriattn.spec import reference
 
 #: Written down on one machine (AVX-512, OpenBLAS); any other must find the same.
@@ -55,15 +54,6 @@ DEQUANTISE = """
 from tests.convert.test_determinism import dequantised_digests
 import json
 print(json.dumps(dequantised_digests()))
-"""
-
-CONVERT_FILE = """
-import sys
-from pathlib import Path
-from veriattn.convert.converter import convert
-from veriattn.convert.sources import open_source
-from veriattn.native import kernels
-print(convert(open_source(Path(sys.argv[1])), Path(sys.argv[2]), threads=int(sys.argv[3]), kernels=kernels).digest)
 """
 
 
@@ -162,26 +152,3 @@ def test_dequantised_weights_do_not_depend_on_the_processor(names: str) -> None:
     here = dequantised_digests()
     assert {"F16", "BF16", "Q4_0", "Q4_1", "Q8_0", "Q4_K", "Q6_K"} <= set(here)
     assert json.loads(run(DEQUANTISE, NPY_DISABLE_CPU_FEATURES=disabled(names))) == here
-
-
-@pytest.mark.accept
-@pytest.mark.parametrize(
-    ("threads", "environment"),
-    [
-        (
-            "1",
-            {"OPENBLAS_NUM_THREADS": "1", "OPENBLAS_CORETYPE": "Haswell", "NPY_DISABLE_CPU_FEATURES": disabled(_WIDE)},
-        ),
-        ("2", {"OPENBLAS_NUM_THREADS": "2", "OPENBLAS_CORETYPE": "SkylakeX"}),
-    ],
-    ids=["haswell-1", "skylake-2"],
-)
-def test_digest_of_the_published_model(threads: str, environment: dict[str, str], tmp_path: Path) -> None:
-    """The bar "digest equal under two BLAS core types and 1 or 2 threads", on SmolLM2 itself (`make demo` fetches it)."""
-    from veriattn.home import sources_directory
-
-    entry = PUBLISHED["smollm2"]
-    source = sources_directory() / f"{entry.gguf_sha256}.gguf"
-    if not source.exists():
-        pytest.fail(f"{source} is missing: run `veriattn pull smollm2` first")
-    assert run(CONVERT_FILE, str(source), str(tmp_path), threads, **environment).strip() == entry.model_digest
