@@ -383,12 +383,12 @@ class Session:
 
     def _end(self, error: BaseException) -> None:
         """Close after an error. An interrupt in the middle of a message leaves the streams out of step, a bug anything."""
+        self.close(error.code if isinstance(error, VeriattnError) else f"interrupted by {type(error).__name__}")
         if isinstance(error, ProverFault):
-            # One line: what the prover prints must not pass for lines of ours.
+            # Complete now that it has ended; one line: what it prints must not pass for lines of ours.
             tail = " | ".join(self._prover.output_tail().split("\n"))
             if tail:
                 error.hint = f"the prover's last output: {tail[-400:]}"
-        self.close(error.code if isinstance(error, VeriattnError) else f"interrupted by {type(error).__name__}")
 
     def close(self, reason: str = "closed") -> None:
         """End the prover and destroy the secrets. May be called twice."""
