@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
+from veriattn.errors import ProverFault
 from veriattn.verifier.isolation import Isolation, ProverProcess, spawn_prover
 from veriattn.verifier.model import VerifierModel
 from veriattn.wire.channel import Channel, RingChannel, StreamChannel
@@ -33,6 +34,14 @@ class Prover(Protocol):
 
 
 Launcher = Callable[[VerifierModel], Prover]
+
+
+def quote_output(error: BaseException, prover: Prover) -> None:
+    """Let a fault of the prover say what the prover printed last, on one line: its lines must not pass for ours."""
+    if isinstance(error, ProverFault):
+        tail = " | ".join(prover.output_tail().split("\n"))
+        if tail:
+            error.hint = f"the prover's last output: {tail[-400:]}"
 
 
 class ChildProver:
@@ -66,9 +75,10 @@ class ChildProver:
         self.pid: int | None = self._process.pid
         try:
             self.channel: Channel = RingChannel.offer(ours, timeout_s=timeout_s, throttle=throttle)
-        except BaseException:
+        except BaseException as e:
             ours.close()
             self._process.terminate(0.0)
+            quote_output(e, self)
             raise
 
     def output_tail(self) -> str:

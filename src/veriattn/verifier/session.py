@@ -11,7 +11,7 @@ from typing import Literal
 
 import numpy as np
 
-from veriattn.errors import InternalError, ProverFault, ProverUnavailable, UsageError, VeriattnError
+from veriattn.errors import InternalError, ProverUnavailable, UsageError, VeriattnError
 from veriattn.native import kernels
 from veriattn.shield.permutation import Shield, ShieldMode
 from veriattn.spec.constants import SPEC_VERSION
@@ -21,7 +21,7 @@ from veriattn.spec.reference import F32
 from veriattn.trace import NO_TRACE, Trace
 from veriattn.verifier.checks import CheckCounts, ClaimChecker, RunAheadOperations
 from veriattn.verifier.keys import SOUNDNESS_BITS, KeySet
-from veriattn.verifier.launch import ChildProver, Launcher, Prover
+from veriattn.verifier.launch import ChildProver, Launcher, Prover, quote_output
 from veriattn.verifier.mediated import QueuedSender, TsdpOperations, VeriattnOperations
 from veriattn.verifier.model import VerifierModel
 from veriattn.verifier.own import OwnLayers, read_matrices
@@ -384,11 +384,7 @@ class Session:
     def _end(self, error: BaseException) -> None:
         """Close after an error. An interrupt in the middle of a message leaves the streams out of step, a bug anything."""
         self.close(error.code if isinstance(error, VeriattnError) else f"interrupted by {type(error).__name__}")
-        if isinstance(error, ProverFault):
-            # Complete now that it has ended; one line: what it prints must not pass for lines of ours.
-            tail = " | ".join(self._prover.output_tail().split("\n"))
-            if tail:
-                error.hint = f"the prover's last output: {tail[-400:]}"
+        quote_output(error, self._prover)  # complete now that it has ended
 
     def close(self, reason: str = "closed") -> None:
         """End the prover and destroy the secrets. May be called twice."""
