@@ -32,6 +32,7 @@ from veriattn.engine.strategies import STRATEGIES, Strategy
 from veriattn.errors import EXIT_INTERRUPTED, ModelError, UsageError, VeriattnError
 from veriattn.home import models_directory, resolve_model
 from veriattn.native import set_threads
+from veriattn.shield.permutation import ShieldMode
 from veriattn.spec.modelfile import WEIGHTS_FILE
 from veriattn.spec.sampler import SamplingParams
 from veriattn.verifier.tiling import Tiling
@@ -76,6 +77,10 @@ _MAX_PROMPTS_BYTES = 256 << 20
 @click.option(
     "--tiles", metavar="HEADS,ROWS|off", help="Pipeline of `veriattn`: head blocks and row tiles.  [default: by length]"
 )
+@click.option("--kv-shield", type=click.Choice(get_args(ShieldMode)), default="off", show_default=True,
+              help="Scramble the keys and values that the prover sees (veriattn, tsdp).")  # fmt: skip
+@click.option("--shield-first-layers", type=click.IntRange(min=0), default=0, metavar="N",
+              help="Keep attention of the first N layers in the TEE.  [default: 0]")  # fmt: skip
 @click.option("--emulate-link", metavar="GBPS[,LATENCY_US]", help="Slow the link to the prover down, for measuring.")
 @click.option("--prover-command", metavar="CMD", help="Another program as the prover (docs/wire.md).")
 @click.option(
@@ -189,6 +194,8 @@ def _engine_config(model: str, path: Path, options: dict[str, Any]) -> EngineCon
         prefill_chunk=options["prefill_chunk"],
         attention_check=_CHECKS[options["attention_check"]],
         tiling=_tiling(options["tiles"]),
+        kv_shield=options["kv_shield"],
+        shield_first_layers=options["shield_first_layers"],
         emulate_link=None if link is None else Throttle.parse(link),
         prover_command=command,
         prover_threads=options["threads"],

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import click
 
 from veriattn.cli.output import Progress, error_json, json_option, model_option, note, print_error, print_json
-from veriattn.errors import EXIT_OK, InternalError
+from veriattn.errors import EXIT_INTERNAL, EXIT_OK, InternalError, ModelError, UsageError
 from veriattn.home import resolve_model
 
 
@@ -17,8 +18,24 @@ from veriattn.home import resolve_model
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed that chooses the faults.")
 @click.option("--attack", "attacks", multiple=True, metavar="PATTERN",
               help="Only attacks of such names (bit/*, header_*). May be given several times.")  # fmt: skip
+@click.option("--kv-leak", is_flag=True,
+              help="Instead: reconstruct prompts from a leaked key/value cache, with and without --kv-shield.")  # fmt: skip
+@click.option("--text", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE",
+              help="Text to take prompts from (--kv-leak).")  # fmt: skip
+@click.option(
+    "--prompts", type=click.IntRange(min=1), default=20, show_default=True, help="Prompts of 64 to 256 tokens."
+)
 @json_option
-def redteam(model: str, trials: int, seed: int, attacks: tuple[str, ...], as_json: bool) -> int:
+def redteam(
+    model: str,
+    trials: int,
+    seed: int,
+    attacks: tuple[str, ...],
+    kv_leak: bool,
+    text: Path | None,
+    prompts: int,
+    as_json: bool,
+) -> int:
     """Tampering campaign: lying provers, a fresh session after every reject, honest twins in between.
 
     Reports trials, detections and error codes per attack. A lie that was not met by its error, anything released from a
@@ -28,7 +45,10 @@ def redteam(model: str, trials: int, seed: int, attacks: tuple[str, ...], as_jso
     Example:
       veriattn redteam -m smollm2 --trials 50
       veriattn redteam -m smollm2 --attack "bit/*" --json
+      veriattn redteam -m smollm2 --kv-leak --text valid.txt
     """
+    if kv_leak:
+        return _kv_leak(resolve_model(model), text, prompts, as_json)
     # A lying prover has no business in the process of any other command.
     from veriattn.redteam.campaign import run  # noqa: PLC0415
 
@@ -50,6 +70,32 @@ def redteam(model: str, trials: int, seed: int, attacks: tuple[str, ...], as_jso
         return EXIT_OK
     print_error(failed)
     return failed.exit_code
+
+
+def _kv_leak(path: Path, text: Path | None, prompts: int, as_json: bool) -> int:
+    # Lying and leaking provers have no business in the process of any other command.
+    from veriattn.redteam.kv_leak import run  # noqa: PLC0415
+
+    if text is None:
+        raise UsageError("--kv-leak needs prompts of real text", hint="--text FILE, a few thousand words")
+    try:
+        content = text.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ModelError(f"cannot read {text} as UTF-8 text", hint=str(error)) from error
+    progress = Progress()
+    try:
+        result = run(path, content, prompts, lambda case, done, total: progress(f"shield {case}", done, total))
+    finally:
+        progress.close()
+    if as_json:
+        print_json(result)
+    else:
+        click.echo(f"{result['prompts']} prompts, {result['prompt_tokens']} tokens; recovered share of tokens:")
+        for name, case in result["cases"].items():
+            for where in ("cache", "memory"):
+                rates = "  ".join(f"{attack} {score['rate']:.3f}" for attack, score in case[where].items())
+                click.echo(f"{name:10} {where:7} {rates}")
+    return EXIT_OK if result["same_tokens"] else EXIT_INTERNAL
 
 
 def _show(result: dict[str, Any]) -> None:

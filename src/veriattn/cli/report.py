@@ -43,7 +43,8 @@ def generation_json(
             "tee_tokens": 0 if on_prover else cached,
             "offload_ratio": 0.0,
         },
-        "kv_shield": "off",
+        "kv_shield": engine.config.kv_shield,
+        "shield_first_layers": engine.config.shield_first_layers,
         "emulated_link": None if engine.config.emulate_link is None else str(engine.config.emulate_link),
         "bytes": {"to_prover": report.bytes_to_prover, "from_prover": report.bytes_from_prover},
         "timing": {

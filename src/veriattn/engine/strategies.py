@@ -194,6 +194,8 @@ def load(
     """Read and hash a model for a strategy. Raises: ModelError, UsageError."""
     if strategy not in STRATEGIES:
         raise UsageError(f"unknown strategy {strategy!r}", hint=f"one of {', '.join(STRATEGIES)}")
+    if strategy == "full-tee" and (config.kv_shield != "off" or config.shield_first_layers):
+        raise UsageError("a KV shield has nothing to do where nothing leaves the TEE", hint="leave --kv-shield out")
     if strategy == "full-tee":
         weights = TeeWeights(path, expected_digest=expected_digest, on_bytes=on_bytes)
         return LoadedModel(
