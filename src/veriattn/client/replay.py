@@ -143,7 +143,8 @@ def _whole(body: Any) -> dict[int, ClaimedChoice]:
 def _streamed(text: str) -> dict[int, ClaimedChoice]:
     texts: dict[int, str] = {}
     reasons: dict[int, str | None] = {}
-    events = [line[len("data:") :].strip() for line in text.splitlines() if line.startswith("data:")]
+    # Not splitlines: text may hold U+2028 and others of its kind, which end no line of a stream.
+    events = [line[len("data:") :].strip(" \r") for line in text.split("\n") if line.startswith("data:")]
     if not events or events[-1] != "[DONE]":
         raise AttestationError("the stream did not end as a finished one does")
     for event in events[:-1]:

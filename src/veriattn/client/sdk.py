@@ -28,13 +28,18 @@ _GENERATION_PATHS = ("/chat/completions", "/completions")
 
 @dataclass
 class Exchange:
-    """One request and its response, as bytes. `complete` is False while a stream has not been read to its end."""
+    """One request and its response, as bytes. `ended` says that the HTTP body was read to its end."""
 
     request: bytes
     nonce: str
     receipt_id: str | None = None
     chunks: list[bytes] = field(default_factory=list, repr=False)
-    complete: bool = False
+    ended: bool = False
+
+    @property
+    def complete(self) -> bool:
+        """Whether all of the response is here. The SDK stops reading a stream at `[DONE]`, which is its last event."""
+        return self.ended or self.response.endswith(b"data: [DONE]\n\n")
 
     @property
     def response(self) -> bytes:
@@ -61,7 +66,7 @@ def capturing_transport(library: ModuleType, inner: Any, keep: Callable[[Exchang
             for chunk in self._stream:
                 self._exchange.chunks.append(bytes(chunk))
                 yield chunk
-            self._exchange.complete = True
+            self._exchange.ended = True
 
         def close(self) -> None:
             self._stream.close()
