@@ -8,7 +8,7 @@ import signal
 import sys
 import time
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import click
 
@@ -35,6 +35,7 @@ from veriattn.native import set_threads
 from veriattn.shield.permutation import ShieldMode
 from veriattn.spec.modelfile import WEIGHTS_FILE
 from veriattn.spec.sampler import SamplingParams
+from veriattn.trace import table
 from veriattn.verifier.tiling import Tiling
 from veriattn.wire.emulate import Throttle
 from veriattn.wire.messages import AttentionCheck
@@ -75,13 +76,23 @@ _MAX_PROMPTS_BYTES = 256 << 20
     "--prefill-chunk", type=click.IntRange(1, 1 << 16), default=512, show_default=True, help="Most tokens of one step."
 )
 @click.option(
-    "--tiles", metavar="HEADS,ROWS|off", help="Pipeline of `veriattn`: head blocks and row tiles.  [default: by length]"
+    "--tiles",
+    metavar="HEADS,ROWS|auto|off",
+    help="Pipeline of `veriattn`: head blocks and row tiles; `auto` measures.  [default: by length]",
 )
 @click.option("--kv-shield", type=click.Choice(get_args(ShieldMode)), default="off", show_default=True,
               help="Scramble the keys and values that the prover sees (veriattn, tsdp).")  # fmt: skip
 @click.option("--shield-first-layers", type=click.IntRange(min=0), default=0, metavar="N",
               help="Keep attention of the first N layers in the TEE.  [default: 0]")  # fmt: skip
 @click.option("--emulate-link", metavar="GBPS[,LATENCY_US]", help="Slow the link to the prover down, for measuring.")
+@click.option(
+    "--trace", type=click.Path(path_type=Path), metavar="FILE", help="Write a Chrome/Perfetto trace of both sides."
+)
+@click.option(
+    "--prover-address",
+    metavar="ADDRESS",
+    help="A prover that listens: tcp://HOST:PORT, vsock://CID:PORT, unix:///PATH.",
+)
 @click.option("--prover-command", metavar="CMD", help="Another program as the prover (docs/wire.md).")
 @click.option(
     "--digest", metavar="SHA256", help="Refuse a model of another digest.  [default: pinned for pulled names]"
@@ -198,7 +209,9 @@ def _engine_config(model: str, path: Path, options: dict[str, Any]) -> EngineCon
         shield_first_layers=options["shield_first_layers"],
         emulate_link=None if link is None else Throttle.parse(link),
         prover_command=command,
-        prover_threads=options["threads"],
+        prover_address=options["prover_address"],
+        prover_threads=options["threads"] if options["prover_address"] is None else None,
+        trace=options["trace"],
         expected_digest=None if digest is None else digest.lower(),
     )
 
@@ -215,14 +228,16 @@ def _command(text: str | None) -> tuple[str, ...] | None:
     return words
 
 
-def _tiling(text: str | None) -> Tiling | None:
+def _tiling(text: str | None) -> Tiling | Literal["auto"] | None:
     if text is None:
         return None
+    if text == "auto":
+        return "auto"
     if text == "off":
         return Tiling(1, 1, pipeline=False)
     heads, _, rows = text.partition(",")
     if not (heads.isascii() and heads.isdigit() and rows.isascii() and rows.isdigit() and int(heads) and int(rows)):
-        raise UsageError(f"--tiles {text!r} is neither HEADS,ROWS nor off", hint="for example --tiles 4,32")
+        raise UsageError(f"--tiles {text!r} is neither HEADS,ROWS nor auto nor off", hint="for example --tiles 4,32")
     return Tiling(int(heads), int(rows))
 
 
@@ -330,6 +345,9 @@ class _Run:
         released = sum(len(s.output_ids) for s in self._states)
         if error is None or interrupted or released:
             note(f"{self._mark}{in_words(data, released)}")
+        if engine.trace_summary is not None:
+            emulated = " (emulated link)" if self._config.emulate_link is not None else ""
+            note(f"{self._mark}trace in {self._config.trace}{emulated}\n{table(engine.trace_summary)}")
         if self._as_json:
             if error is None:
                 print_json(data)

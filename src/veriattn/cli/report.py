@@ -53,6 +53,7 @@ def generation_json(
             "verify_cpu_s": report.verify_cpu_s,
             "prover_wait_s": report.prover_wait_s,
         },
+        "trace": engine.trace_summary,
         "restarts": engine.restarts,
     }
 

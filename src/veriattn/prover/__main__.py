@@ -6,6 +6,7 @@ import argparse
 import os
 import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from veriattn.errors import VeriattnError
@@ -16,7 +17,7 @@ from veriattn.prover.serve import FIRST_MESSAGE_S, cpu_backend, serve
 from veriattn.wire.channel import inherited_channel
 
 
-def _options() -> argparse.Namespace:
+def _options(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m veriattn.prover",
         description="The untrusted prover. Without --listen it expects the descriptor that a verifier hands to it.",
@@ -32,7 +33,7 @@ def _options() -> argparse.Namespace:
         help="a model, or a directory of models, to be found by digest; may be given several times",
     )
     parser.add_argument("--sessions", type=int, default=1, metavar="N", help="serve N verifiers at a time (default: 1)")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     if options.listen is not None and not options.model_dir:
         parser.error("--listen needs --model-dir: models are found by digest")
     if options.sessions < 1:
@@ -40,9 +41,9 @@ def _options() -> argparse.Namespace:
     return options
 
 
-def main() -> int:
+def main(arguments: Sequence[str] = ()) -> int:
     """Serve the verifier on the inherited descriptor until it goes away, or verifiers that connect until a signal comes."""
-    options = _options()
+    options = _options(arguments)
     threads = os.environ.get("VERIATTN_THREADS", "")
     if threads.isdigit() and int(threads) > 0:
         set_threads(int(threads))
@@ -66,4 +67,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

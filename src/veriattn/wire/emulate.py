@@ -48,6 +48,10 @@ class Throttle:
                 hint="gigabytes per second and microseconds, for example --emulate-link 15,5",
             ) from error
 
+    def __str__(self) -> str:
+        delay = f", {self.latency_us:g} us" if self.latency_us else ""
+        return f"{self.gb_per_s:g} GB/s{delay} (emulated)"
+
     @property
     def bytes_per_s(self) -> float:
         """Rate of one direction."""
