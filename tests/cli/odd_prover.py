@@ -10,6 +10,7 @@ from veriattn.prover import cpu
 from veriattn.prover.__main__ import main
 
 MODE, *REST = sys.argv[1:]
+del sys.argv[1:]
 honest_step = cpu.CpuBackend.step
 steps = 0
 
