@@ -44,48 +44,64 @@ def random_signs(size: int) -> Signs:
     return (1 - 2 * bits.astype(np.int8)).astype(np.int8)
 
 
-@dataclass
 class HeadPermutation:
-    """x[..., head, i] -> sign[head, i] * x[..., head, order[head, i]], one row per KV head. Shapes: (kv_heads, d)."""
+    """x[..., head, i] -> sign[head, i] * x[..., head, order[head, i]], one row per KV head. Shapes: (kv_heads, d).
 
-    order: Index
-    sign: Signs
+    Heads of a group share their KV head's row. Flat indices are made once per number of heads, as this runs per token.
+    """
+
+    def __init__(self, order: Index, sign: Signs | None = None) -> None:
+        self.order, self.sign = order, sign
+        self._flat: dict[tuple[int, int, int], tuple[Index, Index, Signs | None]] = {}
 
     @classmethod
     def draw(cls, kv_heads: int, head_dim: int, *, signed: bool) -> HeadPermutation:
-        """Fresh secrets."""
+        """Fresh secrets; without `signed` all signs are +1."""
         order = np.stack([random_permutation(head_dim) for _ in range(kv_heads)])
-        if signed:
-            return cls(order, np.stack([random_signs(head_dim) for _ in range(kv_heads)]))
-        return cls(order, np.ones((kv_heads, head_dim), np.int8))
+        return cls(order, np.stack([random_signs(head_dim) for _ in range(kv_heads)]) if signed else None)
 
     def __repr__(self) -> str:
         return "HeadPermutation(secret)"
 
     def apply(self, x_i8: I8) -> I8:
-        """Permute (tokens, heads, d), heads a multiple of the KV heads; heads of a group share their KV head's order."""
-        order, sign = self._expand(x_i8.shape[1])
-        return np.take_along_axis(x_i8, order[None], axis=2) * sign[None]
+        """Permute (tokens, heads, d), heads a multiple of the KV heads."""
+        tokens, heads, d = x_i8.shape
+        index, _, sign = self._indices(0, self.order.shape[0], heads // self.order.shape[0])
+        shown = x_i8.reshape(tokens, heads * d).take(index, axis=1)
+        if sign is not None:
+            shown *= sign
+        return shown.reshape(x_i8.shape)
 
     def restore(self, y_i64: I64, first_kv_head: int = 0, group: int = 1) -> I64:
         """Undo `apply` on claims (tokens, heads, d) of the heads of some KV heads from the given one on."""
-        count = y_i64.shape[1] // group
-        part = HeadPermutation(
-            self.order[first_kv_head : first_kv_head + count], self.sign[first_kv_head : first_kv_head + count]
-        )
-        order, sign = part._expand(y_i64.shape[1])
-        out = np.empty_like(y_i64)
-        np.put_along_axis(out, np.broadcast_to(order[None], out.shape), y_i64 * sign[None], axis=2)
-        return out
+        tokens, heads, d = y_i64.shape
+        _, inverse, sign = self._indices(first_kv_head, heads // group, group)
+        flat = y_i64.reshape(tokens, heads * d)
+        if sign is not None:
+            flat = flat * sign
+        return flat.take(inverse, axis=1).reshape(y_i64.shape)
 
-    def _expand(self, heads: int) -> tuple[Index, Signs]:
-        group = heads // self.order.shape[0]
-        return np.repeat(self.order, group, axis=0), np.repeat(self.sign, group, axis=0)
+    def _indices(self, first: int, count: int, group: int) -> tuple[Index, Index, Signs | None]:
+        """Flat gather index, its inverse, and signs in permuted order, for the heads of `count` KV heads from `first` on."""
+        known = self._flat.get((first, count, group))
+        if known is None:
+            rows = slice(first, first + count)
+            order = np.repeat(self.order[rows], group, axis=0)
+            index = (np.arange(order.shape[0])[:, None] * order.shape[1] + order).reshape(-1)
+            sign = None if self.sign is None else np.repeat(self.sign[rows], group, axis=0).reshape(-1)
+            known = self._flat[first, count, group] = (index, np.argsort(index), sign)
+        return known
 
     def destroy(self) -> None:
         """Overwrite the secrets."""
         self.order[...] = 0
-        self.sign[...] = 0
+        if self.sign is not None:
+            self.sign[...] = 0
+        for arrays in self._flat.values():
+            for array in arrays:
+                if array is not None:
+                    array[...] = 0
+        self._flat.clear()
 
 
 @dataclass
@@ -123,6 +139,7 @@ class Shield:
         self._config = config
         self._static = [LayerShield.draw(config, signed=False) for _ in range(config.num_layers)]
         self._sequences: dict[int, list[LayerShield]] = {}
+        self._inverse_rows = [np.argsort(self.row_order(layer)) for layer in range(config.num_layers)]
 
     def __repr__(self) -> str:
         return f"Shield({self.mode})"
@@ -138,9 +155,8 @@ class Shield:
 
     def restore_projection(self, layer: int, claimed_i32: I32) -> I32:
         """The claimed qkv accumulators in the model's order, (tokens, qkv size)."""
-        out = np.empty_like(claimed_i32)
-        out[:, self.row_order(layer)] = claimed_i32
-        return out
+        restored: I32 = claimed_i32.take(self._inverse_rows[layer], axis=1)
+        return restored
 
     def layer(self, layer: int, seq_id: int) -> LayerShield:
         """The permutations of a sequence's cache entries in a layer."""
@@ -154,6 +170,11 @@ class Shield:
 
     def apply(self, layer: int, batch: Batch, x: AttentionInput) -> AttentionInput:
         """Operands as the prover may see them."""
+        if self.mode == "static":
+            shield = self._static[layer]
+            return AttentionInput(
+                shield.qk.apply(x.q_i8), x.q_scale, shield.qk.apply(x.k_i8), x.k_scale, shield.v.apply(x.v_i8)
+            )
         q, k, v = (np.empty_like(a) for a in (x.q_i8, x.k_i8, x.v_i8))
         for entry, rows in zip(batch.entries, batch.slices(), strict=True):
             shield = self.layer(layer, entry.seq_id)
@@ -177,3 +198,5 @@ class Shield:
             self.free(seq_id)
         for layer in self._static:
             layer.destroy()
+        for inverse in self._inverse_rows:
+            inverse[...] = 0
