@@ -189,6 +189,17 @@ def test_a_busy_kernel_is_asked_again_and_then_given_up(tmp_path: Path, monkeypa
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_generation_that_is_no_number(tmp_path: Path) -> None:
+    def make(path: Path) -> None:
+        os.mkdir(path)
+        (path / "provider").write_text("tdx_guest")
+        (path / "generation").write_text("many")
+
+    tsm = TsmInterface(tmp_path, make_directory=make, remove_directory=_remove)
+    with pytest.raises(AttestationUnavailable, match="no number"):
+        tsm.report(bytes(64), "tdx_guest")
+
+
 def test_failures_leave_nothing_behind(tmp_path: Path) -> None:
     with pytest.raises(AttestationUnavailable, match="64 bytes"):
         plain_files(tmp_path).report(bytes(63), "tdx_guest")

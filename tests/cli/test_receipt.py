@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import signal
 from dataclasses import replace
@@ -9,12 +10,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.attest.conftest import MODEL_DIGEST, event
+from tests.attest.synthetic_tdx import NOW, SyntheticTdx, SyntheticTdxProvider, synthetic_image
 from tests.cli.conftest import Cli, Outcome
 
+from veriattn.attest.policy import Policy
+from veriattn.attest.quotes import TdxVerifier
+from veriattn.attest.service import ReceiptService
 from veriattn.cli import main
 from veriattn.client.bundle import Bundle
 
 PROMPT = "abc"
+VECTORS = Path(__file__).parents[1] / "vectors" / "tdx"
+
+
+@pytest.fixture(scope="module")
+def platform() -> SyntheticTdx:
+    return SyntheticTdx()
 
 
 @pytest.fixture
@@ -116,6 +128,80 @@ def test_a_bare_receipt_with_the_rest_from_options(cli: Cli, tiny: Path, tmp_pat
     done = cli("receipt", "verify", tmp_path / "receipt", "--json")
     report = last_json(done.out)
     assert (done.code, report["verdict"]) == (3, "NOT VERIFIED")
+
+
+def attested(tmp_path: Path, platform: SyntheticTdx, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path, Path]:
+    """A bundle of a server on a made-up platform, its collateral, a policy; and verifiers under the made-up root."""
+
+    def verifiers(policy: Policy) -> dict[str, Any]:
+        return {} if policy.tdx is None else {"tdx": TdxVerifier(policy.tdx, platform.root_der)}
+
+    monkeypatch.setattr("veriattn.attest.quotes.production_verifiers", verifiers)
+    service = ReceiptService(SyntheticTdxProvider(platform), clock=lambda: float(NOW))
+    nonce, attestation_nonce = "1" * 64, "2" * 64
+    issued = service.issue(b"{}", b"{}", event(client_nonce=nonce), "key", "chatcmpl-1")
+    report = service.attestation(attestation_nonce)
+    del report["attestation"]["evidence"]["collateral"]
+    bundle, collateral, policy = (tmp_path / n for n in ("bundle.json", "collateral.json", "policy.json"))
+    Bundle(issued, report, b"{}", b"{}", nonce, attestation_nonce).save(bundle)
+    collateral.write_text(platform.collateral)
+    image = {"name": "image", **synthetic_image().required()}
+    tdx = {"images": [image]}
+    policy.write_text(json.dumps({"format": "veriattn-policy/1", "tdx": tdx, "model_digests": [MODEL_DIGEST]}))
+    return bundle, collateral, policy
+
+
+def test_verified_exits_0_and_nothing_less_does(
+    cli: Cli, tmp_path: Path, platform: SyntheticTdx, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle, collateral, policy = attested(tmp_path, platform, monkeypatch)
+    full = ("--policy", policy, "--collateral", collateral, "--at", NOW)
+    done = cli("receipt", "verify", bundle, *full)
+    assert done.code == 0, done.out
+    assert done.out.splitlines()[-1] == "VERIFIED (15 passed, 0 failed, 0 skipped)"
+    report = last_json(cli("receipt", "verify", bundle, *full, "--json").out)
+    assert (report["verified"], report["image"], report["tee_type"]) == (True, "image", "tdx")
+    at = datetime.datetime.fromtimestamp(NOW, datetime.UTC).isoformat()
+    assert cli("receipt", "verify", bundle, *full[:4], "--at", at).code == 0
+
+    for less, skipped in (
+        ((*full[2:], "--model-digest", MODEL_DIGEST), "quote.signature"),
+        ((*full[:2], *full[4:]), "quote.signature"),
+    ):
+        done = cli("receipt", "verify", bundle, *less, "--json")
+        assert done.code == 3
+        report = last_json(done.out)
+        assert report["verdict"] == "NOT VERIFIED"
+        assert skipped in [s["step"] for s in report["steps"] if s["status"] == "SKIP"]
+    done = cli("receipt", "verify", bundle, *full[:4], "--at", NOW + 20 * 365 * 86400, "--json")
+    assert (done.code, last_json(done.out)["verdict"]) == (3, "REFUSED")
+
+
+def test_the_same_bundle_under_intels_root_is_refused(cli: Cli, tmp_path: Path, platform: SyntheticTdx) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        bundle, collateral, policy = attested(tmp_path, platform, patch)
+    done = cli("receipt", "verify", bundle, "--policy", policy, "--collateral", collateral, "--at", NOW, "--json")
+    failed = [s["step"] for s in last_json(done.out)["steps"] if s["status"] == "FAIL"]
+    assert (done.code, failed) == (3, ["quote.signature"])
+
+
+def test_a_real_quote_of_somebody_else_does_not_vouch_for_these_keys(
+    cli: Cli, tmp_path: Path, platform: SyntheticTdx
+) -> None:
+    """The real quote's signatures hold at its time, offline; it is over other keys and another image."""
+    with pytest.MonkeyPatch.context() as patch:
+        path, _, policy = attested(tmp_path, platform, patch)
+    bundle = Bundle.load(path)
+    assert bundle.attestation is not None
+    bundle.attestation["attestation"]["evidence"]["quote"] = (VECTORS / "quote.bin").read_bytes().hex()
+    bundle.save(path)
+    options = ("--policy", policy, "--collateral", VECTORS / "collateral.json", "--json")
+    report = last_json(cli("receipt", "verify", path, *options, "--at", 1751673600).out)
+    states = {s["step"]: s["status"] for s in report["steps"]}
+    assert states["quote.signature"] == "PASS"
+    assert (states["quote.report_data"], states["quote.measurements"]) == ("FAIL", "FAIL")
+    now = last_json(cli("receipt", "verify", path, *options).out)
+    assert {s["step"]: s["status"] for s in now["steps"]}["quote.signature"] == "FAIL"
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from tests.client.conftest import Answer
 
 from veriattn.attest import receipts
+from veriattn.attest.providers import TestProvider
+from veriattn.attest.service import ReceiptService
 from veriattn.client.replay import ClaimedChoice, Replayer, ReplayModel, claimed_choices
 from veriattn.errors import AttestationError, ModelError
 from veriattn.spec.sampler import SamplingParams
@@ -86,6 +88,23 @@ def test_a_stop_string_and_an_end_of_text(answer: Make, replay_model: ReplayMode
     assert b.outputs == [[1]]
     assert json.loads(b.response)["choices"][0]["finish_reason"] == "stop"
     assert replay(replay_model, b).matches
+
+
+def test_messages_as_the_server_reads_them(answer: Make, replay_model: ReplayModel) -> None:
+    """Content in parts, the role `developer`, fields that templates do not see, empty stop strings."""
+    sent = [
+        {"role": "developer", "content": "be brief", "refusal": None},
+        {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}], "extra": "x"},
+    ]
+    rendered = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "a\nb"}]
+    a = answer(SAMPLED, body={"messages": rendered})
+    request = json.dumps({"messages": sent, "max_tokens": 24, "stop": ["", "\x00never"]}).encode()
+    issued = ReceiptService(TestProvider()).issue(request, a.response, a.receipt["event_log"][1], "k", "c")
+    assert Replayer(replay_model).replay(issued, request, a.response).matches
+    for bad in ([5], "x", [{"content": "a"}], [{"role": "user"}], []):
+        request = json.dumps({"messages": bad}).encode()
+        issued = ReceiptService(TestProvider()).issue(request, a.response, a.receipt["event_log"][1], "k", "c")
+        assert failed(Replayer(replay_model).replay(issued, request, a.response)) == ["replay"]
 
 
 def test_without_the_text_of_bytes_the_replay_draws_on(

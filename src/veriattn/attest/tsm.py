@@ -6,6 +6,7 @@ sure that the answer belongs to the question (`generation`) and comes from the d
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import secrets
@@ -86,7 +87,7 @@ class TsmInterface:
         except OSError:
             return None
         finally:
-            self._remove(directory)
+            self._close(directory)
 
     def _open(self) -> Path:
         directory = self.root / f"veriattn-{os.getpid()}-{secrets.token_hex(8)}"
@@ -112,7 +113,14 @@ class TsmInterface:
                 f"configfs-tsm failed with {reason} at {Path(str(e.filename or directory)).name}",
                 hint="the kernel gives up on the quoting service after 30 s: see that it runs on the host",
             ) from None
+        except ValueError:
+            raise AttestationUnavailable("configfs-tsm gives a generation that is no number") from None
         finally:
+            self._close(directory)
+
+    def _close(self, directory: Path) -> None:
+        """Remove a report; one that stays behind costs the kernel a little memory and hides no result."""
+        with contextlib.suppress(OSError):
             self._remove(directory)
 
     def _request(self, directory: Path, data: bytes, expected_provider: str, privlevel: int | None) -> TsmReport:

@@ -162,7 +162,7 @@ def prompt_ids(body: Json, codec: TextCodec) -> list[tuple[int, ...]]:
         messages = body["messages"]
         if not isinstance(messages, list):
             raise UsageError("the request's messages are not a list")
-        return [tuple(codec.encode_chat(messages))]
+        return [tuple(codec.encode_chat([_message(m) for m in messages]))]
     prompt = body.get("prompt")
     prompts = prompt if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int) else [prompt]
     out = []
@@ -174,6 +174,16 @@ def prompt_ids(body: Json, codec: TextCodec) -> list[tuple[int, ...]]:
         else:
             raise UsageError("the request has neither messages nor a prompt")
     return out
+
+
+def _message(message: object) -> Json:
+    """What the chat template sees of a message. Raises: UsageError."""
+    if not isinstance(message, dict):
+        raise UsageError("a message of the request is not an object")
+    # The newer role is what templates call system.
+    role = "system" if message.get("role") == "developer" else message.get("role")
+    name = {"name": message["name"]} if message.get("name") else {}
+    return {"role": role, "content": message.get("content"), **name}
 
 
 def sampling_params(sampling: Json) -> tuple[SamplingParams, bool]:
@@ -294,7 +304,7 @@ class _Ending:
         if wanted is None and len(event["prompts"]) == 1:
             # The server's default, of which the receipt is the only record.
             wanted = event["sampling"].get("max_tokens")
-        return cls(tuple(stops), ignore_eos, wanted if type(wanted) is int else None)
+        return cls(tuple(s for s in stops if s), ignore_eos, wanted if type(wanted) is int else None)
 
 
 class _Choice:
