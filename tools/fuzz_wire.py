@@ -12,18 +12,22 @@ import socket
 import sys
 import time
 import tracemalloc
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
 
 from veriattn.errors import InternalError, VeriattnError
+from veriattn.spec.model import ModelConfig
 from veriattn.wire import messages as wm
+from veriattn.wire import operations as wo
+from veriattn.wire import split as ws
 from veriattn.wire.channel import Channel, RingChannel, StreamChannel, accept_channel
 from veriattn.wire.ring import RingGeometry
 from veriattn.wire.transport import Role
 
 LIMITS = wm.Limits(max_tokens_per_step=256, max_sequences=8, max_positions=4096, kv_tokens=65536, vocab_size=1000)
+CONFIG = ModelConfig(16, 2, 4, 2, 4, 24, 1000, 4096, 4, 1e-5)
 GEOMETRY = RingGeometry(4096, 2, 4)
 MEMORY_BYTES = 4 << 20
 SECONDS_EACH = 2.0
@@ -36,7 +40,37 @@ def seeds() -> list[bytes]:
     step = wm.Step(4, wm.Mode.CLAIMS, wm.AttentionCheck.TRANSFER, entries, np.array([1, 2, 3, 4], np.int32))
     hello = wm.Hello(1, 7, "/models/x", "0f" * 32, wm.Mode.CLAIMS, LIMITS)
     ready = wm.encode_ready(wm.Ready(1, 1, 1, "cpu"))
-    return [wm.encode_hello(hello), wm.encode_step(step), wm.encode_free([1, 2]), ready, wm.encode_error(1, "text")]
+    plain = [wm.encode_hello(hello), wm.encode_step(step), wm.encode_free([1, 2]), ready, wm.encode_error(1, "text")]
+    return plain + [joined(pieces) for pieces in operation_seeds()]
+
+
+def joined(pieces: Iterable[wm.Buffer]) -> bytes:
+    """A payload that is sent in pieces."""
+    return b"".join(bytes(wm.byte_view(piece)) for piece in pieces)
+
+
+def operation_seeds() -> list[list[wm.Buffer]]:
+    """One valid request of each single operation."""
+    rng = np.random.default_rng(0)
+
+    def ints(*shape: int) -> np.ndarray:
+        return rng.integers(-127, 128, shape, dtype=np.int8)
+
+    scale = np.ones
+    runs = (wo.Run(1, 0, 2), wo.Run(7, 40, 1))
+    attend = wo.AttendRequest(
+        1, 1, 1, wo.Reply.SCORES_AND_OUTPUTS, 2, runs, ints(3, 2, 4), scale((3, 2), np.float32), ints(3, 1, 4),
+        scale((3, 1), np.float32), ints(3, 1, 4),
+    )  # fmt: skip
+    return [
+        wo.encode_linear(wo.LinearRequest(3, ints(2, 24))),
+        wo.encode_attend(attend),
+        wo.encode_weights(wo.WeightsRequest(1, 9, rng.integers(0, 16385, (4, 2, 5)).astype(np.uint16))),
+        ws.encode_split(ws.SplitRequest(1, 1, 1, 3, 2, False, ints(1, 4, 4), scale((1, 4), np.float32))),
+        ws.encode_split(ws.SplitRequest(1, 1, 2, 3, 2, True, None, None)),
+        ws.encode_key_block(ints(3, 2, 4), scale((3, 2), np.float32)),
+        ws.encode_value_block(ints(3, 2, 4)),
+    ]
 
 
 def mutate(rng: random.Random, raw: bytes) -> bytes:
@@ -70,6 +104,12 @@ def decode(raw: bytes) -> None:
         (lambda: wm.decode_free(raw, LIMITS), wm.encode_free),
         (lambda: wm.decode_ready(raw, 1), None),
         (lambda: wm.decode_error(raw), None),
+        (lambda: wo.decode_linear(raw, CONFIG, LIMITS), lambda m: joined(wo.encode_linear(m))),
+        (lambda: wo.decode_attend(raw, CONFIG, LIMITS), lambda m: joined(wo.encode_attend(m))),
+        (lambda: wo.decode_weights(raw, CONFIG, LIMITS), lambda m: joined(wo.encode_weights(m))),
+        (lambda: ws.decode_split(raw, CONFIG, LIMITS), lambda m: joined(ws.encode_split(m))),
+        (lambda: ws.decode_key_block(raw, 3, CONFIG), lambda m: joined(ws.encode_key_block(*m))),
+        (lambda: ws.decode_value_block(raw, 3, CONFIG), lambda m: joined(ws.encode_value_block(m))),
     ]
     for run, encode in cases:
         try:
