@@ -38,7 +38,7 @@ from veriattn.wire.operations import (
 _Integer = TypeVar("_Integer", np.int32, np.int64)
 
 #: Rows of a linear that travel together under the pipeline: large enough for the matrix kernels, small enough to overlap.
-_LINEAR_TILE_ROWS = 128
+LINEAR_TILE_ROWS = 128
 
 
 class QueuedSender:
@@ -222,7 +222,7 @@ class VeriattnOperations(_Mediated):
     def _ask_linear(self, name: str, a_i8: I8) -> I32:
         # Rows travel in tiles, so that checking one overlaps with computing the next.
         pipeline = self._tiling is None or self._tiling.pipeline
-        tiles = row_tiles(a_i8.shape[0], _LINEAR_TILE_ROWS if pipeline else a_i8.shape[0])
+        tiles = row_tiles(a_i8.shape[0], LINEAR_TILE_ROWS if pipeline else a_i8.shape[0])
         self._sender.send_now(Kind.LINEAR, self._request_linear(name, a_i8[tiles[0]]))
         for tile in tiles[1:]:
             self._sender.send(Kind.LINEAR, self._request_linear(name, a_i8[tile]))
