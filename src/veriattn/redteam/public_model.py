@@ -47,6 +47,7 @@ class PublicModel:
         self._tensors = self._weights.tensors
         self.config = self._tensors.config
         self._tokenizer = Tokenizer.from_str(self._weights.tokenizer_json)
+        self._layer0: tuple[I8, I8] | None = None
         self._qkv0 = read_matrices(ModelDirectory(path), {"layers.0.qkv"})["layers.0.qkv"]
 
     def encode(self, text: str) -> list[int]:
@@ -63,11 +64,19 @@ class PublicModel:
 
     def layer0_inputs(self) -> I8:
         """Input of the first linear for every token, (vocab, hidden)."""
-        return self._embedded()[0]
+        return self._tables()[0]
 
     def layer0_values(self) -> I8:
         """Cached values of layer 0 for every token, (vocab, kv_heads, d): no position enters them."""
-        a, scale = self._embedded()
+        return self._tables()[1]
+
+    def _tables(self) -> tuple[I8, I8]:
+        if self._layer0 is None:
+            a, scale = self._embedded()
+            self._layer0 = (a, self._values_of(a, scale))
+        return self._layer0
+
+    def _values_of(self, a: I8, scale: F32) -> I8:
         c, layer = self.config, self._tensors.layers[0]
         first = (c.num_heads + c.num_kv_heads) * c.head_dim
         y = self._kernels.gemm_i8(a, np.ascontiguousarray(self._qkv0[first:]))
