@@ -213,7 +213,7 @@ def test_a_real_quote_of_somebody_else_does_not_vouch_for_these_keys(
         (("verify", "file.json", "id"), 2),
         (("verify", "README.md"), 3),
         (("verify", "none.json", "--policy", "none"), 2),
-        (("verify", "README.md", "--at", "yesterday"), 3),
+        (("verify", "README.md", "--at", "yesterday"), 2),
         (("replay", "none.json", "-m", "none"), 5),
     ],
 )

@@ -133,8 +133,11 @@ class ReceiptVerifier:
 
     def verify(self, receipt: Json, attestation: Json | None, expect: Expectations) -> Verification:
         """Take every step. Never raises for what the server sent; `Verification.require` does."""
-        run = _Run(self._quotes, receipt, attestation, expect)
-        return run.result()
+        return _Run(self._quotes, receipt, attestation, expect).result()
+
+    def verify_attestation(self, attestation: Json | None, expect: Expectations) -> Verification:
+        """Steps 2 to 7 and 16 alone: whose keys are these? Needs `attestation_nonce` and `tls_spki_sha256`."""
+        return _Run(self._quotes, {}, attestation, expect).result(receipt=False)
 
 
 class _Run:
@@ -150,7 +153,7 @@ class _Run:
         self._keyset: KeySet | None = None
         self._quote: VerifiedQuote | None = None
 
-    def result(self) -> Verification:
+    def result(self, *, receipt: bool = True) -> Verification:
         steps: list[tuple[str, Callable[[], str]]] = [
             ("receipt.format", self._receipt_format),
             ("attestation.format", self._attestation_format),
@@ -168,8 +171,10 @@ class _Run:
             ("receipt.model", self._model),
             ("receipt.event", self._event),
         ]
-        if self._expect.tls_spki_sha256 is not None:
+        if self._expect.tls_spki_sha256 is not None or not receipt:
             steps.append(("tls.key", self._tls_key))
+        if not receipt:
+            steps = [s for s in steps if not s[0].startswith("receipt.")]
         for name, step in steps:
             self._out.steps.append(self._take(name, step))
         return self._out
@@ -340,6 +345,8 @@ class _Run:
 
     def _tls_key(self) -> str:
         _, keyset = self._need_keyset()
+        if self._expect.tls_spki_sha256 is None:
+            raise _Skip("the key of the connection was not given")
         if self._expect.tls_spki_sha256 not in {k.spki_sha256 for k in keyset.tls_keys}:
             raise AttestationError("the connection's TLS key is not in the key set: it ends outside of the TEE")
         return "in the key set"

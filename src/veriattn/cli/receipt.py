@@ -20,7 +20,7 @@ from veriattn.spec.modelfile import read_manifest
 if TYPE_CHECKING:
     from veriattn.attest.canonical import Json
     from veriattn.attest.policy import Policy
-    from veriattn.attest.verify import Step, Verification
+    from veriattn.attest.verify import Expectations, ReceiptVerifier, Step, Verification
     from veriattn.client.bundle import Bundle
     from veriattn.client.remote import Remote
     from veriattn.client.replay import Replay
@@ -65,6 +65,7 @@ def receipt() -> None:
 @click.option("--at", metavar="TIME", help="Check as of this time (Unix seconds or ISO 8601).  [default: now]")
 @_api_key
 @_ca
+@click.option("--attested-tls", is_flag=True, help="For a URL: accept the TLS key that the quote vouches for.")
 @click.option("--save", type=_FILE, metavar="FILE", help="Keep everything in one file, to be checked again offline.")
 @json_option
 def verify(source: str, ident: str | None, as_json: bool, **options: Any) -> int:
@@ -84,14 +85,17 @@ def verify(source: str, ident: str | None, as_json: bool, **options: Any) -> int
     from veriattn.attest.quotes import production_verifiers  # noqa: PLC0415 - an extra
     from veriattn.attest.verify import Expectations, ReceiptVerifier  # noqa: PLC0415
 
-    policy = _policy(options["policy_file"])
+    policy, now = _policy(options["policy_file"]), _time(options["at"])
+    verifier = ReceiptVerifier(production_verifiers(policy))
+    if options["attested_tls"]:
+        options["certificate"] = _attested(source, verifier, Expectations(now, collateral=_given_collateral(options)))
     bundle, remote = _bundle(source, ident, options)
     if options["save"] is not None:
         bundle.save(options["save"])
     # A key set that names TLS keys says that connections end inside the TEE: one without TLS does not.
     spki = None if remote is None else remote.tls_spki_sha256 or "no TLS"
     expect = Expectations(
-        now=_time(options["at"]),
+        now=now,
         request=bundle.request,
         response=bundle.response,
         client_nonce=bundle.client_nonce,
@@ -101,7 +105,7 @@ def verify(source: str, ident: str | None, as_json: bool, **options: Any) -> int
         collateral=_collateral(bundle, options),
         tls_spki_sha256=spki,
     )
-    found = ReceiptVerifier(production_verifiers(policy)).verify(bundle.receipt, bundle.attestation, expect)
+    found = verifier.verify(bundle.receipt, bundle.attestation, expect)
     if as_json:
         print_json(found.to_json())
     else:
@@ -206,7 +210,7 @@ def _fetch(url: str, ident: str | None, options: dict[str, Any]) -> tuple[Bundle
 
     if ident is None:
         raise UsageError("a URL needs the ID of a receipt or a response")
-    remote = Remote(url, options["api_key"], options["ca"])
+    remote = Remote(url, options["api_key"], options["ca"], certificate_pem=options.get("certificate"))
     found = remote.receipt(ident)
     if options.get("offline") or options.get("attestation_file") is not None:
         return Bundle(found), None
@@ -222,17 +226,29 @@ def _tls_keys(report: Json) -> bool:
     return isinstance(keyset, dict) and bool(keyset.get("tls_public_keys"))
 
 
-def _collateral(bundle: Bundle, options: dict[str, Any]) -> str | None:
-    from veriattn.client.bundle import read_file  # noqa: PLC0415 - an extra
-    from veriattn.client.remote import fetch_collateral  # noqa: PLC0415
+def _attested(source: str, verifier: ReceiptVerifier, expect: Expectations) -> str:
+    from veriattn.client.tls import attested_certificate  # noqa: PLC0415 - an extra
 
-    if options["collateral_file"] is not None:
-        try:
-            return read_file(options["collateral_file"]).decode("utf-8")
-        except UnicodeDecodeError:
-            raise UsageError(f"{options['collateral_file']} is not text") from None
-    if not options["fetch_collateral"]:
+    return attested_certificate(source, verifier, expect)
+
+
+def _given_collateral(options: dict[str, Any]) -> str | None:
+    from veriattn.client.bundle import read_file  # noqa: PLC0415 - an extra
+
+    if options["collateral_file"] is None:
         return None
+    try:
+        return read_file(options["collateral_file"]).decode("utf-8")
+    except UnicodeDecodeError:
+        raise UsageError(f"{options['collateral_file']} is not text") from None
+
+
+def _collateral(bundle: Bundle, options: dict[str, Any]) -> str | None:
+    from veriattn.client.remote import fetch_collateral  # noqa: PLC0415 - an extra
+
+    given = _given_collateral(options)
+    if given is not None or not options["fetch_collateral"]:
+        return given
     inner = (bundle.attestation or {}).get("attestation")
     evidence = inner.get("evidence") if isinstance(inner, dict) else None
     if not isinstance(evidence, dict):

@@ -21,11 +21,30 @@ from veriattn.errors import AttestationError, AttestationUnavailable, ReceiptNot
 _MAX_BYTES = 8 << 20
 
 
+def spki_sha256(certificate_der: bytes) -> str:
+    """Hash of a certificate's public key, as key sets have it."""
+    key = x509.load_der_x509_certificate(certificate_der).public_key()
+    return hashlib.sha256(key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)).hexdigest()
+
+
+def pinned_context(certificate_pem: str) -> ssl.SSLContext:
+    """TLS to whoever holds the key of this one certificate; names and authorities do not matter."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_REQUIRED
+    context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
+    context.load_verify_locations(cadata=certificate_pem)
+    return context
+
+
 @dataclass
 class Remote:
     """One server. `base_url` is the one given to an SDK, with or without `/v1`. No redirects are followed.
 
-    After a request over TLS, `tls_spki_sha256` is the hash of the key at the other end.
+    ca_file: certificate authorities, instead of the system's. certificate_pem: the one certificate to accept, whatever
+    name it bears (`client.tls.attested_certificate`). After a request over TLS, `tls_spki_sha256` is the hash of the key
+    at the other end.
     Raises: UsageError for a URL that is none; AttestationUnavailable where the server does not answer as it should.
     """
 
@@ -34,6 +53,7 @@ class Remote:
     ca_file: Path | None = None
     timeout_s: float = 60.0
     tls_spki_sha256: str | None = None
+    certificate_pem: str | None = None
 
     def receipt(self, receipt_or_chat_id: str) -> Json:
         """A receipt by its id or its response's. Raises: ReceiptNotFound."""
@@ -67,8 +87,9 @@ class Remote:
         try:
             connection = self._connection(url.scheme, url.hostname, url.port)
             try:
-                connection.request("GET", prefix + path, headers=headers)
+                connection.connect()
                 self._note_key(connection)
+                connection.request("GET", prefix + path, headers=headers)
                 response = connection.getresponse()
                 body = response.read(_MAX_BYTES + 1)
             finally:
@@ -84,7 +105,10 @@ class Remote:
     def _connection(self, scheme: str, host: str, port: int | None) -> http.client.HTTPConnection:
         if scheme == "http":
             return http.client.HTTPConnection(host, port, timeout=self.timeout_s)
-        context = ssl.create_default_context(cafile=None if self.ca_file is None else str(self.ca_file))
+        if self.certificate_pem is not None:
+            context = pinned_context(self.certificate_pem)
+        else:
+            context = ssl.create_default_context(cafile=None if self.ca_file is None else str(self.ca_file))
         return http.client.HTTPSConnection(host, port, timeout=self.timeout_s, context=context)
 
     def _note_key(self, connection: http.client.HTTPConnection) -> None:
@@ -93,8 +117,7 @@ class Remote:
         der = connection.sock.getpeercert(binary_form=True)
         if der is None:
             raise AttestationError("the server has no TLS certificate")
-        key = x509.load_der_x509_certificate(der).public_key()
-        spki = hashlib.sha256(key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)).hexdigest()
+        spki = spki_sha256(der)
         if self.tls_spki_sha256 not in (None, spki):
             raise AttestationError("the server changed its TLS key between two requests")
         self.tls_spki_sha256 = spki

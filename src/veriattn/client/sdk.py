@@ -20,7 +20,8 @@ from veriattn.attest.quotes import production_verifiers
 from veriattn.attest.receipts import NONCE_HEADER, RECEIPT_HEADER
 from veriattn.attest.verify import Expectations, ReceiptVerifier, Verification
 from veriattn.client.bundle import Bundle
-from veriattn.client.remote import Remote
+from veriattn.client.remote import Remote, pinned_context
+from veriattn.client.tls import attested_certificate
 from veriattn.errors import AttestationError, UsageError
 
 _GENERATION_PATHS = ("/chat/completions", "/completions")
@@ -99,6 +100,9 @@ class VerifiedOpenAI:
         answer = client.openai.chat.completions.create(model="m", messages=[...])
         client.verify(answer).require()
 
+    `attested` connects to servers whose TLS certificate is vouched for by their quote instead of an authority, and sends
+    nothing before the quote has been verified.
+
     policy: without one nothing can be verified (measurements must be pinned). model_digests: accepted models, beside the
     policy's. keep: how many exchanges are remembered. transport: what to send through, of the SDK's HTTP library.
 
@@ -136,6 +140,36 @@ class VerifiedOpenAI:
             timeout=openai_options.pop("timeout", 600.0),
         )
         self.openai = openai.OpenAI(base_url=base_url, api_key=api_key, http_client=self._http, **openai_options)
+
+    @classmethod
+    def attested(
+        cls,
+        base_url: str,
+        api_key: str,
+        *,
+        policy: Policy,
+        collateral: str | None = None,
+        verifier: ReceiptVerifier | None = None,
+        clock: Callable[[], float] = time.time,
+        **options: Any,
+    ) -> VerifiedOpenAI:
+        """A client whose TLS ends inside a verified TEE (`client.tls.attested_certificate`). Raises: AttestationError."""
+        import openai  # noqa: PLC0415 - an extra
+
+        verifier = verifier or ReceiptVerifier(production_verifiers(policy))
+        expect = Expectations(now=int(clock()), collateral=collateral)
+        pem = attested_certificate(base_url, verifier, expect)
+        return cls(
+            base_url,
+            api_key,
+            policy=policy,
+            collateral=collateral,
+            verifier=verifier,
+            clock=clock,
+            remote=Remote(base_url, api_key, certificate_pem=pem),
+            transport=http_library(openai).HTTPTransport(verify=pinned_context(pem)),
+            **options,
+        )
 
     def _remember(self, exchange: Exchange) -> None:
         self.last = exchange
