@@ -526,8 +526,10 @@ uint64_t read_words(nb::handle words_) {
     nb::gil_scoped_release release;
     uint64_t sum[8] = {};
     const i64 n = words.dim(0) / 8 * 8;
-    for (i64 i = 0; i < n; i += 8)
+    for (i64 i = 0; i < n; i += 8) {
+        __builtin_prefetch(words.data + min64(i + 512, n - 1));
         for (i64 x = 0; x < 8; x++) sum[x] += words.data[i + x];
+    }
     uint64_t all = 0;
     for (uint64_t x : sum) all += x;
     return all;
