@@ -302,6 +302,8 @@ void project(const int8_t* w, i64 n, i64 k, const uint64_t* r, i64 reps, i64 k0,
                         VA_UNROLL
                         for (int e = 0; e < 4; e++) {
                             const bool there = x * 4 + e < count;
+                            // Rows lie far apart: fetch those of some steps later.
+                            if (g % 4 == 0) prefetch(w + (n0 + j0 + x * 4 + e) * k + c0 + at, 24 * k);
                             v[e] = _mm_maskz_loadu_epi8(there ? live : 0, w + (there ? (n0 + j0 + x * 4 + e) * k + c0 + at : 0));
                         }
                         const __m128i a0 = _mm_unpacklo_epi8(v[0], v[1]), a1 = _mm_unpackhi_epi8(v[0], v[1]),

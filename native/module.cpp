@@ -527,7 +527,8 @@ uint64_t read_words(nb::handle words_) {
     uint64_t sum[8] = {};
     const i64 n = words.dim(0) / 8 * 8;
     for (i64 i = 0; i < n; i += 8) {
-        __builtin_prefetch(words.data + min64(i + 512, n - 1));
+        // A hint only: the address may lie behind the array.
+        __builtin_prefetch((const void*)((uintptr_t)(words.data + i) + 4096));
         for (i64 x = 0; x < 8; x++) sum[x] += words.data[i + x];
     }
     uint64_t all = 0;
