@@ -170,7 +170,7 @@ class Overlap:
         return self.on_s["default"] / self.off_s
 
 
-def overlap(model: VerifierModel, prompt: int = 2048, repetitions: int = 3) -> Overlap:
+def overlap(model: VerifierModel, prompt: int = 3072, repetitions: int = 3) -> Overlap:
     """The prompt in one step, as in the paper. The rate comes from a first run without emulation."""
     free = min((prefill(model, Flow.VERIATTN, prompt, prompt) for _ in range(2)), key=lambda p: p.check_s)
     link = Throttle(round(free.measured.from_prover / free.check_s / 1e9, 3))
