@@ -80,6 +80,22 @@ def test_every_request_has_a_nonce_of_its_own(client: Callable[..., VerifiedOpen
         assert c.verify(swapped).failed() == ["receipt.nonce"]
 
 
+def test_one_report_serves_for_a_while(client: Callable[..., VerifiedOpenAI], fake_server: FakeServer) -> None:
+    now = [float(NOW)]
+    with client(clock=lambda: now[0], attestation_max_age_s=100) as c:
+        for _ in range(3):
+            ask(c)
+            c.verify().require()
+        assert sum("attestation" in path for path in fake_server.seen) == 1
+        now[0] += 101
+        c.verify().require()
+        assert sum("attestation" in path for path in fake_server.seen) == 2
+        fake_server.service.rotate()
+        ask(c)
+        c.verify().require()
+        assert sum("attestation" in path for path in fake_server.seen) == 3
+
+
 def test_bytes_changed_on_the_way_are_refused(client: Callable[..., VerifiedOpenAI]) -> None:
     with client() as c:
         answer = ask(c, "tampered")

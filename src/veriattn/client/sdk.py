@@ -104,7 +104,8 @@ class VerifiedOpenAI:
     nothing before the quote has been verified.
 
     policy: without one nothing can be verified (measurements must be pinned). model_digests: accepted models, beside the
-    policy's. keep: how many exchanges are remembered. transport: what to send through, of the SDK's HTTP library.
+    policy's. keep: how many exchanges are remembered. attestation_max_age_s: how long a report on a nonce of this client
+    serves for receipts under its key set. transport: what to send through, of the SDK's HTTP library.
 
     Trust: the answer is in the caller's hands before `verify` is called. Call it before you act on it.
     """
@@ -119,6 +120,7 @@ class VerifiedOpenAI:
         collateral: str | None = None,
         remote: Remote | None = None,
         keep: int = 64,
+        attestation_max_age_s: float = 600.0,
         transport: Any = None,
         verifier: ReceiptVerifier | None = None,
         clock: Callable[[], float] = time.time,
@@ -133,6 +135,8 @@ class VerifiedOpenAI:
         self._min_bits, self._collateral, self._clock, self._keep = policy.min_soundness_bits, collateral, clock, keep
         self._remote = remote or Remote(base_url, api_key)
         self._exchanges: OrderedDict[str, Exchange] = OrderedDict()
+        self._reports: dict[str, tuple[float, str, Json]] = {}
+        self._max_age_s = attestation_max_age_s
         self.last: Exchange | None = None
         inner = transport if transport is not None else library.HTTPTransport()
         self._http = library.Client(
@@ -188,10 +192,7 @@ class VerifiedOpenAI:
         exchange, receipt = self._find(of)
         if not exchange.complete:
             raise UsageError("the response was not read to its end", hint="a stream's receipt exists once it has ended")
-        nonce = secrets.token_hex(32)
-        claimed_keyset = receipt.get("workload_keyset_digest")
-        keyset = claimed_keyset if isinstance(claimed_keyset, str) else None
-        attestation = self._remote.attestation(nonce, keyset)
+        nonce, attestation = self._attestation(str(receipt.get("workload_keyset_digest")))
         return Bundle(receipt, attestation, exchange.request, exchange.response, exchange.nonce, nonce)
 
     def verify(self, of: Any = None) -> Verification:
@@ -210,6 +211,16 @@ class VerifiedOpenAI:
         if bundle.attestation is not None and _names_tls_keys(bundle.attestation):
             expect = replace(expect, tls_spki_sha256=self._remote.tls_spki_sha256 or "no TLS")
         return self._verifier.verify(bundle.receipt, bundle.attestation, expect)
+
+    def _attestation(self, claimed_keyset: str) -> tuple[str, Json]:
+        """A nonce of this client and the report over it, asked for once in a while for each key set: quotes are slow."""
+        kept = self._reports.get(claimed_keyset)
+        if kept is None or self._clock() - kept[0] > self._max_age_s:
+            nonce = secrets.token_hex(32)
+            kept = (self._clock(), nonce, self._remote.attestation(nonce, claimed_keyset))
+            self._reports = {k: r for k, r in self._reports.items() if self._clock() - r[0] <= self._max_age_s}
+            self._reports[claimed_keyset] = kept
+        return kept[1:]
 
     def _find(self, of: Any) -> tuple[Exchange, Json]:
         if of is None or isinstance(of, Exchange):
