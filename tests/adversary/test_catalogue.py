@@ -9,7 +9,7 @@ from tests.adversary.conftest import SHAPE
 from tests.helpers import tiny_config
 
 from veriattn.redteam.attack import Attack
-from veriattn.redteam.catalogue import SCRIPT_STEPS, TIMEOUT, Case, catalogue
+from veriattn.redteam.catalogue import SCRIPT_STEPS, SETUPS, TIMEOUT, Case, catalogue
 from veriattn.redteam.launcher import LiarPool
 from veriattn.redteam.trial import Script, run_trial
 from veriattn.verifier.model import VerifierModel
@@ -30,13 +30,26 @@ def test_attack_meets_its_error_and_its_twin_passes(
     attack = case.attack
     if attack.text == OTHER:
         attack = Attack(attack.kind, text=str(other_path))
-    outcome = run_trial(model, pool, script, attack, case.check, patience_s(case), case.flow)
+    outcome = run_trial(model, pool, script, attack, case.check, patience_s(case), case.flow, limit=case.limit)
     assert outcome.code in case.codes, outcome
     assert case.steps is None or outcome.steps == case.steps, outcome
     assert not outcome.problems
     assert bool(outcome.applied) == case.applied, outcome
-    twin = run_trial(model, pool, script, Attack(), case.check, flow=case.flow)
+    twin = run_trial(model, pool, script, Attack(), case.check, flow=case.flow, limit=case.limit)
     assert (twin.code, twin.steps, twin.problems, twin.applied) == ("ok", SCRIPT_STEPS, [], None)
+
+
+@pytest.mark.parametrize("setup", ["run-ahead-split", "veriattn-split", "tsdp-split"])
+@pytest.mark.parametrize("kind", ["scores", "attention"])
+def test_lies_about_keys_that_were_streamed(setup: str, kind: str, model: VerifierModel, pool: LiarPool) -> None:
+    """Long enough that whole blocks of keys cross the link; the last key of the share is lied about."""
+    how, script = SETUPS[setup], Script.make(model, 3, prompt=270)
+    arguments = {"check": how.check, "flow": how.flow, "limit": how.limit}
+    twin = run_trial(model, pool, script, Attack(), **arguments)
+    assert (twin.code, twin.steps, twin.problems) == ("ok", SCRIPT_STEPS, [])
+    attack = Attack("fault", step=how.sends_step(1), claim=f"layers.1.{kind}.1", fault="bit", index=-1, value=2)
+    outcome = run_trial(model, pool, script, attack, **arguments)
+    assert (outcome.code, outcome.steps, outcome.applied, outcome.problems) == ("attention_mismatch", 1, True, [])
 
 
 def test_names_are_distinct() -> None:

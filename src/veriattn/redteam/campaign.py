@@ -18,6 +18,7 @@ from veriattn.redteam.catalogue import (
     SETUPS,
     TIMEOUT,
     Case,
+    Setup,
     catalogue,
     claim_kinds,
     claim_name,
@@ -33,7 +34,8 @@ from veriattn.wire.ring import RingGeometry
 
 #: How often each way of carrying claims is drawn.
 _SETUP_WEIGHTS = {
-    "run-ahead-replay": 0.35, "run-ahead-transfer": 0.35, "veriattn-replay": 0.1, "veriattn-transfer": 0.1, "tsdp": 0.1,
+    "run-ahead-replay": 0.3, "run-ahead-transfer": 0.3, "veriattn-replay": 0.07, "veriattn-transfer": 0.07, "tsdp": 0.07,
+    "run-ahead-split": 0.07, "veriattn-split": 0.06, "tsdp-split": 0.06,
 }  # fmt: skip
 _HONEST_EVERY = 10
 _MAX_REDRAWS = 50
@@ -54,6 +56,10 @@ class Tally:
     codes: dict[str, int] = field(default_factory=dict)
 
 
+def _sends_scores(setup: Setup) -> bool:
+    return setup.check is AttentionCheck.TRANSFER or setup.limit is not None
+
+
 class RandomFaults:
     """Draws single-bit and single-element faults over every kind of claim, layer, step, sequence and way of carrying claims."""
 
@@ -65,26 +71,27 @@ class RandomFaults:
 
     def draw(self, fault: str | None = None, kind: str | None = None) -> Case:
         """A fault, of the given sort and in the given kind of claim where those are named."""
-        names = [n for n, (_, check) in SETUPS.items() if kind != "scores" or check is AttentionCheck.TRANSFER]
+        names = [n for n, s in SETUPS.items() if kind != "scores" or _sends_scores(s)]
         weights = np.array([_SETUP_WEIGHTS[n] for n in names])
-        flow, check = SETUPS[str(self._rng.choice(names, p=weights / weights.sum()))]
-        kinds = claim_kinds(check)
+        setup = SETUPS[str(self._rng.choice(names, p=weights / weights.sum()))]
+        flow, limited = setup.flow, setup.limit is not None
+        kinds = claim_kinds(AttentionCheck.TRANSFER if _sends_scores(setup) else AttentionCheck.REPLAY)
         kind = kind or kinds[self._below(len(kinds))]
         fault = fault or ("bit", "element")[self._below(2)]
         layer, step = self._below(self._config.num_layers), self._below(SCRIPT_STEPS)
         entries = self._script.batches[step].entries
         entry = entries[self._below(len(entries))]
-        if kind == "scores" and flow is not Flow.RUN_AHEAD:
-            # Tiles of a prefill hold scores that nobody sees; a row that decodes sees them all.
+        if limited or (kind == "scores" and flow is not Flow.RUN_AHEAD):
+            # Tiles of a prefill hold scores that nobody sees; a row that decodes sees them all. And it is shared.
             step = 1 + self._below(2)
             entry = self._script.batches[step].entries[self._below(2)]
         claim = claim_name(kind, layer, entry.seq_id)
-        if kind == "attention" and flow is not Flow.RUN_AHEAD:
+        if kind == "attention" and (limited or flow is not Flow.RUN_AHEAD):
             claim += f".{entry.seq_id}"
-        tiled = flow is Flow.VERIATTN and kind in ("scores", "attention")
+        tiled = flow is Flow.VERIATTN and not limited and kind in ("scores", "attention")
         attack = Attack(
             "fault",
-            step=step,
+            step=setup.sends_step(step),
             claim=claim,
             nth=self._below(min(2, self._config.num_kv_heads)) if tiled else -1,
             index=self._below(1 << 40),
@@ -92,11 +99,12 @@ class RandomFaults:
             consistent=flow is Flow.RUN_AHEAD and bool(self._below(2)),
             **self._change(fault, 64 if kind == "attention" else 32),
         )
-        if kind == "scores" and flow is Flow.RUN_AHEAD:
+        if kind == "scores" and flow is Flow.RUN_AHEAD and not limited:
             row, keys = self._below(entry.num_tokens), entry.start + entry.num_tokens
             head, key = self._below(self._config.num_heads), self._below(entry.start + row + 1)
             attack = Attack(**{**vars(attack), "index": (head * entry.num_tokens + row) * keys + key})
-        return Case(f"{fault}/{kind}", attack, frozenset({code_of(kind)}), check, step, flow=flow)
+        codes = frozenset({code_of(kind)})
+        return Case(f"{fault}/{kind}", attack, codes, setup.check, step, flow=flow, limit=setup.limit)
 
     def _change(self, fault: str, bits: int) -> dict[str, Any]:
         if fault == "bit":
@@ -142,22 +150,22 @@ class Campaign:
             raise InternalError(f"untampered twins fail: {self.problems[0]}")
         self._timeout_s = 1.5 + (time.monotonic() - started)
 
-    def honest(self, setup: str | None = None) -> None:
+    def honest(self, name: str | None = None) -> None:
         """An untampered twin: everything must pass."""
-        flow, check = SETUPS[setup or str(self._rng.choice(list(SETUPS)))]
-        outcome = self._run(Attack(), check, flow, _PATIENCE_S)
+        setup = SETUPS[name or str(self._rng.choice(list(SETUPS)))]
+        outcome = self._run(Attack(), setup, _PATIENCE_S)
         self.honest_sessions += 1
         self.honest_checks += outcome.checks
         if outcome.code != "ok" or outcome.steps != SCRIPT_STEPS or outcome.problems or outcome.applied is not None:
             self.false_rejects += 1
-            self._note(f"honest {flow.value}: {outcome.code} {outcome.message} {outcome.problems}")
+            self._note(f"honest {setup}: {outcome.code} {outcome.message} {outcome.problems}")
 
     def attack(self, case: Case, redraw: Callable[[], Case] | None = None) -> None:
         """One trial that counts; drawn again where the lie changes no byte."""
         tally = self.attacks.setdefault(case.name, Tally())
         for _ in range(_MAX_REDRAWS):
             patience_s = self._timeout_s if TIMEOUT in case.codes else _PATIENCE_S
-            outcome = self._run(case.attack, case.check, case.flow, patience_s)
+            outcome = self._run(case.attack, Setup(case.flow, case.check, case.limit), patience_s)
             unchanged = not outcome.applied and case.applied and outcome.code == "ok" and not outcome.problems
             if redraw is None or not unchanged:
                 break
@@ -171,8 +179,10 @@ class Campaign:
         else:
             self._note(f"{case.name}: {wrong} ({case.flow.value}, {case.attack.to_json()}, {outcome.message})")
 
-    def _run(self, attack: Attack, check: AttentionCheck, flow: Flow, timeout_s: float) -> Outcome:
-        return run_trial(self.model, self.pool, self.script, attack, check, timeout_s, flow, self._geometry)
+    def _run(self, attack: Attack, setup: Setup, timeout_s: float) -> Outcome:
+        return run_trial(
+            self.model, self.pool, self.script, attack, setup.check, timeout_s, setup.flow, self._geometry, setup.limit
+        )
 
     def _note(self, problem: str) -> None:
         self.problems.append(problem)

@@ -29,7 +29,8 @@ class Case:
     """An attack and what must become of it.
 
     codes: the errors allowed ("ok" for what must pass). steps: how many steps may complete (None: any number).
-    applied: whether the liar can get its lie out at all; what the system refuses is reported as not applied.
+    applied: whether the liar can get its lie out at all; what the system refuses is reported as not applied. limit: keys
+    of a sequence that the prover may keep; the others live with the verifier and are streamed.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Case:
     steps: int | None = None
     applied: bool = True
     flow: Flow = Flow.RUN_AHEAD
+    limit: int | None = None
 
     @property
     def passes(self) -> bool:
@@ -257,30 +259,52 @@ def boundary_cases() -> Iterator[Case]:
     yield Case("read_parent", Attack("read_parent"), frozenset({OK}), steps=SCRIPT_STEPS, applied=False)
 
 
-#: Every way in which claims reach the verifier.
-SETUPS: dict[str, tuple[Flow, AttentionCheck]] = {
-    "run-ahead-replay": (Flow.RUN_AHEAD, REPLAY),
-    "run-ahead-transfer": (Flow.RUN_AHEAD, TRANSFER),
-    "veriattn-replay": (Flow.VERIATTN, REPLAY),
-    "veriattn-transfer": (Flow.VERIATTN, TRANSFER),
-    "tsdp": (Flow.TSDP, TRANSFER),
+@dataclass(frozen=True)
+class Setup:
+    """A way in which claims reach the verifier. limit: see `Case`."""
+
+    flow: Flow
+    check: AttentionCheck
+    limit: int | None = None
+
+    def sends_step(self, step: int) -> int:
+        """Number of the step on the wire that a step of the script ends with: a limit cuts the first one in two."""
+        return step if self.limit is None else step + 1
+
+
+SPLIT_LIMIT = 3
+SETUPS: dict[str, Setup] = {
+    "run-ahead-replay": Setup(Flow.RUN_AHEAD, REPLAY),
+    "run-ahead-transfer": Setup(Flow.RUN_AHEAD, TRANSFER),
+    "veriattn-replay": Setup(Flow.VERIATTN, REPLAY),
+    "veriattn-transfer": Setup(Flow.VERIATTN, TRANSFER),
+    "tsdp": Setup(Flow.TSDP, TRANSFER),
+    "run-ahead-split": Setup(Flow.RUN_AHEAD, REPLAY, SPLIT_LIMIT),
+    "veriattn-split": Setup(Flow.VERIATTN, REPLAY, SPLIT_LIMIT),
+    "tsdp-split": Setup(Flow.TSDP, TRANSFER, SPLIT_LIMIT),
 }
 
 
 def mediated_cases(config: ModelConfig) -> Iterator[Case]:
-    """Where the verifier asks for single operations: claims travel in head blocks and row tiles."""
+    """Where the verifier asks for single operations, or shares attention: claims travel in blocks, tiles and shares."""
     last = config.num_layers - 1
-    for setup, (flow, check) in SETUPS.items():
-        if flow is Flow.RUN_AHEAD:
+    for setup, how in SETUPS.items():
+        if how.flow is Flow.RUN_AHEAD and how.limit is None:
             continue
-        for kind in claim_kinds(check):
+
+        def case(name: str, attack: Attack, code: str, setup: str = setup, how: Setup = how) -> Case:
+            sent = replace(attack, step=how.sends_step(attack.step))
+            known = _case(f"{setup}/{name}", sent, code, how.check, attack.step)
+            return replace(known, flow=how.flow, limit=how.limit)
+
+        for kind in claim_kinds(TRANSFER if how.limit is not None else how.check):
             here = Attack("fault", step=1, claim=claim_name(kind, last), index=1)
             for name, attack in {
                 "bit": replace(here, fault="bit", value=3),
                 "zero": replace(here, fault="zero"),
                 "element": replace(here, fault="element", seed=5, step=2),
             }.items():
-                yield replace(_case(f"{setup}/{name}/{kind}", attack, code_of(kind), check), flow=flow)
+                yield case(f"{name}/{kind}", attack, code_of(kind))
         for kind, code in {
             "duplicate": TRANSCRIPT,
             "short": TRANSCRIPT,
@@ -288,7 +312,7 @@ def mediated_cases(config: ModelConfig) -> Iterator[Case]:
             "silence": TIMEOUT,
         }.items():
             attack = Attack(kind, step=1, claim="layers.0.o")
-            yield replace(_case(f"{setup}/{kind}/o", attack, code, check), flow=flow)
+            yield case(f"{kind}/o", attack, code)
 
 
 def catalogue(config: ModelConfig, other_model: str | None = None) -> list[Case]:

@@ -248,6 +248,7 @@ class LyingBackend(CpuBackend):
     lie: Lie
     batch: Batch
     wrong_operands: tuple[I8, F32, I8, F32, I8] | None = None
+    _last_linear = -1
 
     @classmethod
     def load(cls, directory: Path, digest: str | None, kv_tokens: int, max_sequences: int) -> LyingBackend:
@@ -275,9 +276,10 @@ class LyingBackend(CpuBackend):
         return forward(self.tensors, batch, ops, used)
 
     def linear(self, request: LinearRequest, sink: ClaimSink) -> None:
-        """See `Backend.linear`; the first linear of a model opens a step."""
-        if request.index == 0:
+        """See `Backend.linear`; the first linear of a model opens a step, however many tiles it comes in."""
+        if request.index == 0 != self._last_linear:
             self.lie.step += 1
+        self._last_linear = request.index
         super().linear(request, sink)
 
     def _other_token(self, batch: Batch) -> Batch:

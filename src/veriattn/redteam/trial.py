@@ -81,9 +81,17 @@ def run_trial(
     timeout_s: float = 60.0,
     flow: Flow = Flow.RUN_AHEAD,
     geometry: RingGeometry = GEOMETRY,
+    limit: int | None = None,
 ) -> Outcome:
     """Run the script until it ends or the session does. Problems: wrong logits, or a session that lives after an error."""
-    config = SessionConfig(attention_check=check, step_timeout_s=timeout_s, start_timeout_s=timeout_s)
+    config = SessionConfig(
+        max_tokens_per_step=1024,
+        attention_check=check,
+        prover_kv_tokens=limit,
+        offload_ratio=None if limit is None else 1.0,
+        step_timeout_s=timeout_s,
+        start_timeout_s=timeout_s,
+    )
     released: list[F32] = []
     code, message, session = "ok", "", None
     pool.last = None
