@@ -1,7 +1,7 @@
 """A prover that is honest until a file tells it otherwise: faulty_prover.py TRIGGER.
 
-The trigger's content says what to do at the next claim, after which it is removed: `lie`, `die`, `garbage` (a claim of the
-wrong size), `hang`; `lie-always` stays.
+The trigger's content says what to do at the next claim, after which it is removed: `lie`, `die`, `garbage` (a claim of
+the wrong size), `hang`; `lie-always` stays.
 """
 
 from __future__ import annotations

@@ -36,10 +36,10 @@ class Running:
         return f"{self.scheme}://127.0.0.1:{self.port}"
 
     def get(self, path: str, **kwargs: Any) -> httpx.Response:
-        return httpx.get(self.url + path, timeout=30, verify=False, **kwargs)
+        return httpx.get(self.url + path, timeout=30, verify=False, **kwargs)  # noqa: S501 - its key is checked by attestation
 
     def post(self, path: str, body: object, **kwargs: Any) -> httpx.Response:
-        return httpx.post(self.url + path, json=body, timeout=60, verify=False, **kwargs)
+        return httpx.post(self.url + path, json=body, timeout=60, verify=False, **kwargs)  # noqa: S501
 
     def chat(self, text: str = "hello", **fields: Any) -> httpx.Response:
         headers = fields.pop("headers", None)
@@ -110,17 +110,26 @@ def chat_body(text: str = "hello", **fields: Any) -> dict[str, Any]:
 Start = Callable[..., Running]
 
 
-def start_server(model: Path, folder: Path, toml: str = "", *arguments: str, wait: bool = True) -> Running:
-    """Start `veriattn serve` on a free port with the faulty prover, which is honest until told otherwise."""
+def start_server(
+    model: Path,
+    folder: Path,
+    toml: str = "",
+    *arguments: str,
+    wait: bool = True,
+    name: str = "tiny",
+    faulty: bool = True,
+) -> Running:
+    """Start `veriattn serve` on a free port. With `faulty`, its prover is honest until the trigger tells otherwise."""
     folder.mkdir(parents=True, exist_ok=True)
     trigger = folder / "trigger"
-    # The [engine] table of a test follows these lines.
-    head = f"prover_command = {json.dumps([sys.executable, str(HERE / 'faulty_prover.py'), str(trigger)])}"
+    command = [sys.executable, str(HERE / "faulty_prover.py"), str(trigger)]
+    prover = f"prover_command = {json.dumps(command)}\n" if faulty else ""
+    # The [engine] table of a test, if it has one, comes last.
     top, _, engine = toml.partition("[engine]")
-    (folder / "serve.toml").write_text(f"port = 0\nserved_name = 'tiny'\n{top}\n[engine]\n{head}\n{engine}")
+    (folder / "serve.toml").write_text(f"port = 0\nserved_name = '{name}'\n{top}\n[engine]\n{prover}{engine}")
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
-    command = [sys.executable, "-m", "veriattn", "serve", "-m", str(model), "--config", str(folder / "serve.toml")]
-    process = subprocess.Popen([*command, "--threads", "1", *arguments], stderr=subprocess.PIPE, env=environment)
+    serve = [sys.executable, "-m", "veriattn", "serve", "-m", str(model), "--config", str(folder / "serve.toml")]
+    process = subprocess.Popen([*serve, "--threads", "1", *arguments], stderr=subprocess.PIPE, env=environment)
     running = Running(process, "https" if "[tls]" in toml else "http", trigger)
     threading.Thread(target=running.read_log, daemon=True).start()
     running.port = running.wait_for("listening")["address"][1]

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
-from itertools import pairwise
 from typing import Any
 
 import httpx
@@ -192,7 +192,7 @@ def test_events_say_how_each_token_was_checked(server: Running) -> None:
     assert all(e["checked"] is True and e["verification_lag_ms"] >= 0 for e in events)
     rows = [e["checks"]["linear_rows"] for e in events]
     # Two layers with four linears, and the row of logits, for each token.
-    assert [b - a for a, b in pairwise(rows)] == [9, 9, 9, 9]
+    assert [b - a for a, b in itertools.pairwise(rows)] == [9, 9, 9, 9]
 
 
 def test_concurrent_answers_equal_those_alone(server: Running) -> None:

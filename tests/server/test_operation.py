@@ -189,7 +189,7 @@ def test_settings_that_are_refused(tiny_path: Path, tmp_path: Path) -> None:
     result = command("serve", "-m", str(tiny_path), "--config", str(path))
     assert result.returncode == 2
     assert "error[config]: unknown setting limits.queue_lenght" in result.stderr
-    assert command("serve", "-m", str(tiny_path), "--host", "0.0.0.0").returncode == 2
+    assert command("serve", "-m", str(tiny_path), "--host", "192.0.2.1").returncode == 2
     assert command("serve", "-m", str(tiny_path), "--strategy", "dangerous-unverified").returncode == 2
     assert command("serve", "-m", str(tiny_path), "--digest", "0" * 64).returncode == 5
     assert command("serve", "-m", str(tmp_path / "nothing")).returncode == 5

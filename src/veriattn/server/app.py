@@ -45,8 +45,9 @@ async def caller(request: Request) -> KeyEntry:
 
 
 Caller = Annotated[KeyEntry, Depends(caller)]
-Nonce = Annotated[str, Query(max_length=200)]
-OptionalNonce = Annotated[str | None, Query(max_length=200)]
+_NONCE: dict[str, Any] = {"pattern": "^[0-9a-f]{64}$"}  # told here, checked where it is used
+Nonce = Annotated[str, Query(max_length=200, json_schema_extra=_NONCE)]
+OptionalText = Annotated[str | None, Query(max_length=200)]
 
 
 class JsonResponse(Response):
@@ -145,7 +146,22 @@ def create_app(service: Service) -> FastAPI:
     _add_receipt_routes(app, service)
     if config.page:
         _add_page(app)
+    # Last: the document is made anew when a route is added.
+    _describe(app, service)
     return app
+
+
+def _describe(app: FastAPI, service: Service) -> None:
+    """Put what is particular to this server into its OpenAPI document: the model's names, the lengths that fit."""
+    schemas = app.openapi()["components"]["schemas"]
+    identity = service.identity
+    for body in ("ChatCompletionRequest", "CompletionRequest"):
+        properties = schemas[body]["properties"]
+        properties["model"]["enum"] = [identity.name, identity.model_digest]
+        properties["n"]["anyOf"][0]["maximum"] = service.config.limits.max_choices
+        for name in ("max_tokens", "max_completion_tokens"):
+            if name in properties:
+                properties[name]["anyOf"][0]["maximum"] = identity.max_positions - 1
 
 
 async def _generate(
@@ -239,11 +255,11 @@ def _add_receipt_routes(app: FastAPI, service: Service) -> None:
         return JsonResponse(dump(found), headers={VERSION_HEADER: API_VERSION, "cache-control": "no-store"})
 
     @app.get("/v1/aci/attestation", response_model=None)
-    async def attestation(nonce: Nonce, keyset_digest: OptionalNonce = None) -> Response:
+    async def attestation(nonce: Nonce, keyset_digest: OptionalText = None) -> Response:
         return await report(nonce, keyset_digest)
 
     @app.get("/v1/attestation/report", response_model=None)
-    async def attestation_report(nonce: OptionalNonce = None) -> Response:
+    async def attestation_report(nonce: OptionalText = None) -> Response:
         return await report(secrets.token_hex(32) if nonce is None else nonce, None)
 
     @app.get("/v1/aci/receipts/{ident}", response_model=None)

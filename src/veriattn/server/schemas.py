@@ -126,7 +126,7 @@ class ChatMessage(_Strict):
     """One message. Tool calls and results are refused."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Text | list[ContentPart] | None = None
+    content: Text | list[ContentPart]
     name: Annotated[str, Field(max_length=256)] | None = None
 
     @model_validator(mode="after")
@@ -135,14 +135,12 @@ class ChatMessage(_Strict):
         for name in ("tool_calls", "function_call", "audio", "tool_call_id"):
             if extra.get(name):
                 raise ValueError(f"'{name}' in a message is not supported by this server")
-        if self.content is None:
-            raise ValueError("a message without content is not supported by this server")
         return self
 
     def for_template(self) -> dict[str, Any]:
         """As the chat template sees it; the newer role `developer` is what templates call `system`."""
         parts = self.content
-        text = parts if isinstance(parts, str) else "\n".join(p.text for p in parts or [])
+        text = parts if isinstance(parts, str) else "\n".join(p.text for p in parts)
         message = {"role": "system" if self.role == "developer" else self.role, "content": text}
         return message | ({"name": self.name} if self.name else {})
 
