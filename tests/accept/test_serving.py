@@ -22,7 +22,23 @@ from tests.server.harness import Running, start_server
 
 pytestmark = pytest.mark.accept
 
-WORDS = "river stone light engine garden letter window winter music number paper silver bridge cloud forest".split()
+WORDS = [
+    "river",
+    "stone",
+    "light",
+    "engine",
+    "garden",
+    "letter",
+    "window",
+    "winter",
+    "music",
+    "number",
+    "paper",
+    "silver",
+    "bridge",
+    "cloud",
+    "forest",
+]
 LOAD_REQUESTS, LOAD_CLIENTS, LOAD_SAMPLE = 300, 32, 30
 FAULTS = 20
 
