@@ -12,13 +12,14 @@ BIN := $(VENV)/bin
 # One test that hangs must not hang the rest; pytest's own closing lines stay the last ones printed.
 PYTEST := -m pytest -q --timeout 300 $(PYTEST_ARGS)
 
-.PHONY: help demo test test-torch accept lint format bench fuzz native clean
+.PHONY: help demo test test-torch test-browser accept lint format bench fuzz native clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo 'make demo        fetch SmolLM2-135M, convert it, print a verified answer (a few minutes the first time)'
 	@echo 'make test        lint, types, import contracts and all tests that need neither torch nor a GPU'
 	@echo 'make test-torch  the tests against transformers, in an environment of their own (CPU build of torch)'
+	@echo 'make test-browser  the page of the server in headless Chromium ($$CHROMIUM, or one on the PATH)'
 	@echo 'make accept      the acceptance measurements (long; quality needs EVAL_TEXT)'
 	@echo 'make lint        ruff, mypy, import contracts        make format   let ruff rewrite'
 	@echo 'make bench       measurements on this machine        make fuzz     fuzz the codec for FUZZ_SECONDS'
@@ -31,6 +32,10 @@ $(VENV)/.base: $(NATIVE_SOURCES)
 
 $(VENV)/.dev: $(VENV)/.base tools/extra.py
 	@sh tools/env.sh $(VENV) dev
+	@touch $@
+
+$(VENV)/.accept $(VENV)/.browser: $(VENV)/.dev
+	@sh tools/env.sh $(VENV) $(patsubst .%,%,$(notdir $@))
 	@touch $@
 
 $(VENV_TORCH)/.torch: $(NATIVE_SOURCES) tools/extra.py
@@ -52,13 +57,16 @@ format: $(VENV)/.dev
 	$(BIN)/python -m ruff format .
 
 test: lint
-	$(BIN)/python $(PYTEST) -m 'not accept' --ignore tests/torch tests
+	$(BIN)/python $(PYTEST) -m 'not accept' --ignore tests/torch --ignore tests/browser tests
 
 test-torch: $(VENV_TORCH)/.torch
 	$(VENV_TORCH)/bin/python $(PYTEST) tests/torch
 
-accept: $(VENV)/.dev
-	EVAL_TEXT='$(EVAL_TEXT)' $(BIN)/python -m pytest -v -s --timeout 7200 $(PYTEST_ARGS) -m accept tests
+test-browser: $(VENV)/.browser
+	$(BIN)/python $(PYTEST) tests/browser
+
+accept: $(VENV)/.accept
+	EVAL_TEXT='$(EVAL_TEXT)' $(BIN)/python -m pytest -v -s --timeout 7200 $(PYTEST_ARGS) -m accept --ignore tests/browser tests
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks

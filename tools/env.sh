@@ -1,5 +1,5 @@
 #!/bin/sh
-# Makes or completes a virtual environment: env.sh VENV base|dev|torch. Writes nowhere else; pip's own settings hold.
+# Makes or completes a virtual environment: env.sh VENV base|dev|accept|browser|torch. Writes nowhere else; pip's own settings hold.
 set -eu
 
 venv=$1
@@ -41,6 +41,11 @@ case $kind in
         "$venv/bin/python" "$here/extra.py" dev server client >"$venv/dev.txt"
         pip install -qq -r "$venv/dev.txt"
         ;;
+    accept | browser)
+        say "installing what the tests of '$kind' need"
+        "$venv/bin/python" "$here/extra.py" "$kind" >"$venv/$kind.txt"
+        pip install -q -r "$venv/$kind.txt"
+        ;;
     torch)
         cpu_torch
         say 'installing veriattn and the tools that the tests need'
@@ -48,7 +53,7 @@ case $kind in
         pip install -qq -r "$venv/dev.txt" -e .
         ;;
     *)
-        echo "usage: $0 VENV base|dev|torch" >&2
+        echo "usage: $0 VENV base|dev|accept|browser|torch" >&2
         exit 2
         ;;
 esac

@@ -22,7 +22,7 @@ from tests.server.harness import Running, start_server
 
 pytestmark = pytest.mark.accept
 
-WORDS = [
+WORDS = (
     "river",
     "stone",
     "light",
@@ -35,10 +35,7 @@ WORDS = [
     "number",
     "paper",
     "silver",
-    "bridge",
-    "cloud",
-    "forest",
-]
+)
 LOAD_REQUESTS, LOAD_CLIENTS, LOAD_SAMPLE = 300, 32, 30
 FAULTS = 20
 
