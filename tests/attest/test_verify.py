@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from tests.attest.conftest import (
     ATTESTATION_NONCE,
     CLIENT_NONCE,
@@ -129,6 +131,37 @@ def test_nothing_that_a_server_sends_raises(case: Case, junk: Any) -> None:
     for name in case.attestation:
         report = {**case.attestation, name: junk}
         assert case.verifier.verify(case.receipt, report, case.expect).verdict == "REFUSED"
+
+
+any_json = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+def nodes(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Paths of all values but the document itself."""
+    if path:
+        yield path
+    for key, item in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+        yield from nodes(item, (*path, key))
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_anything_in_the_place_of_any_value_is_refused_and_never_raises(data: st.DataObject, case: Case) -> None:
+    documents = {"receipt": copy.deepcopy(case.receipt), "attestation": copy.deepcopy(case.attestation)}
+    which = data.draw(st.sampled_from(sorted(documents)))
+    path = data.draw(st.sampled_from(list(nodes(documents[which]))))
+    before, after = at(documents[which], path), data.draw(any_json)
+    at(documents[which], path[:-1])[path[-1]] = after
+    v = case.verifier.verify(documents["receipt"], documents["attestation"], case.expect)
+    if type(before) is type(after) and before == after:
+        assert v.verdict == "VERIFIED"
+    else:
+        assert v.verdict != "VERIFIED"
+    json.dumps(v.to_json(), default=str)
 
 
 # --- the same content, validly signed, but wrong --------------------------------------------------------------------
