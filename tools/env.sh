@@ -24,8 +24,7 @@ cpu_torch() {
     "$venv/bin/python" -c 'import torch' >/dev/null 2>&1 && return
     say "installing $want (CPU build)"
     pip install -qq "$want+cpu" 2>/dev/null && return
-    pip install -qq --retries 1 --timeout 20 --index-url https://download.pytorch.org/whl/cpu "$want" 2>/dev/null && return
-    say 'no CPU build within reach; taking the one that the index has'
+    say 'no CPU build on this index; taking its default (PIP_EXTRA_INDEX_URL may name one that has it)'
     pip install -qq "$want"
 }
 
