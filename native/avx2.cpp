@@ -216,6 +216,11 @@ void four_rows(const AttentionArgs& s, i64 kv, const i64* row, const i64* visibl
         _mm256_store_ps(lanes, best[r]);
         float top = lanes[0];
         for (int x = 1; x < 8; x++) top = lanes[x] > top ? lanes[x] : top;
+        if (s.own_max) {
+            s.own_max[row[r]] = top;
+            continue;
+        }
+        if (s.row_max) top = s.row_max[row[r]];
         const __m256 m = _mm256_set1_ps(top), q_scale = _mm256_set1_ps(s.q_scale[row[r]]);
         __m256i sum = _mm256_setzero_si256(), g_sum[4];
         for (int e = 0; e < 4; e++) g_sum[e] = _mm256_setzero_si256();
@@ -373,7 +378,8 @@ const Kernels avx2_kernels = {
     avx2::norm_quantise, avx2::quantise, avx2::qkv_epilogue, avx2::attention_epilogue,
     avx2::mlp_epilogue, avx2::dequantise, ROWS, avx2::hand::gemm, avx2::hand::prepare_bytes, avx2::hand::prepare,
     avx2::hand::tile_queries, avx2::hand::attention, avx2::transfer, avx2::attention_weights, avx2::weighted_values,
-    avx2::hand::dot_i32, avx2::dot_i8, avx2::dot_i64, avx2::project, nullptr,
+    avx2::run_max, avx2::run_weigh, avx2::run_project, avx2::run_values, avx2::hand::dot_i32, avx2::dot_i8,
+    avx2::dot_i64, avx2::project, nullptr,
 };
 
 }  // namespace va

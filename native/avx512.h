@@ -26,6 +26,10 @@ void row_offsets(const int8_t* a, i64 lda, i64 k, i64 rows, int32_t* out);
 void transfer(const TransferArgs& s, i64 kv);
 void attention_weights(const WeightsArgs& s, i64 head, i64 i0, i64 i1);
 void weighted_values(const ValuesArgs& s, i64 kv, i64 i0, i64 i1);
+float run_max(const int32_t* scores, const float* k_scale, i64 n, float m);
+int32_t run_weigh(const int32_t* scores, const float* k_scale, i64 n, float m, float q_scale, uint16_t* p);
+void run_project(const uint16_t* p, i64 p_stride, i64 rows, const uint64_t* g, i64 n, uint64_t* pg);
+void run_values(const uint16_t* p, i64 p_stride, i64 rows, const int8_t* v, i64 v_stride, i64 n, i64 d, int64_t* o);
 void dot_i32(const int32_t* y, i64 n, const uint64_t* r, i64 t0, i64 t1, int32_t* copy, uint64_t* out);
 void dot_i8(const int8_t* a, i64 stride, i64 k, const uint64_t* u, i64 t0, i64 t1, uint64_t* out, i64 out_stride);
 bool dot_i64(const int64_t* o, i64 stride, i64 k, const uint64_t* u, i64 t0, i64 t1, uint64_t* out, i64 out_stride);
@@ -81,6 +85,28 @@ static inline uint64_t sum_lanes(__m512i x) { return (uint64_t)_mm512_reduce_add
 // A pair of accumulators of 52-bit multiply-adds as one number of 56 bits, mod p: 2^52 = 108. hi < 2^44.
 static inline uint64_t sum_pair(__m512i lo, __m512i hi) {
     return (uint64_t)_mm512_reduce_add_epi64(madd_lo(fold(lo), hi, _mm512_set1_epi64(108)));
+}
+
+// The table of weights in two registers.
+struct Table {
+    __m512i low, high;
+    Table() {
+        alignas(64) int16_t words[64];
+        VA_UNROLL
+        for (int i = 0; i < 64; i++) words[i] = (int16_t)LUT15[i];
+        low = _mm512_load_si512(words);
+        high = _mm512_load_si512(words + 32);
+    }
+};
+
+// Thirty-two 16-bit weights from two vectors of y: the low words from y0, the high words from y1.
+static inline __m512i weights(__m512 y0, __m512 y1, const Table& table) {
+    const __m512 top = _mm512_set1_ps(XI_MAX);
+    const __m512i x0 = _mm512_cvtps_epi32(_mm512_min_ps(y0, top)), x1 = _mm512_cvtps_epi32(_mm512_min_ps(y1, top));
+    const __m512i xi = _mm512_or_si512(x0, _mm512_slli_epi32(x1, 16));
+    const __m512i entry = _mm512_permutex2var_epi16(table.low, xi, table.high);  // looks at xi & 63 only
+    // A rounded average with zero is (x + 1) >> 1.
+    return _mm512_avg_epu16(_mm512_srlv_epi16(entry, _mm512_srli_epi16(xi, 6)), _mm512_setzero_si512());
 }
 
 }  // namespace avx512

@@ -44,6 +44,7 @@ struct Tile {
     alignas(64) int32_t offset[16 * RV];   // -128 * sum of q
     alignas(64) int32_t p[PAGE / 2 * 16 * RV];
     alignas(64) float q_scale[16 * RV];
+    alignas(64) float row_max[16 * RV];
     alignas(64) int32_t limit[16 * RV];  // last visible key
     alignas(64) int64_t pg[2 * DIGITS * 16 * RV];
 };
@@ -108,27 +109,6 @@ void finish(const float* k_scale, i64 count, i64 base, const int32_t* limit, boo
             best[v] = _mm512_mask_max_ps(best[v], sees, best[v], value);
         }
     }
-}
-
-struct Table {
-    __m512i low, high;
-    Table() {
-        alignas(64) int16_t words[64];
-        VA_UNROLL
-        for (int i = 0; i < 64; i++) words[i] = (int16_t)LUT15[i];
-        low = _mm512_load_si512(words);
-        high = _mm512_load_si512(words + 32);
-    }
-};
-
-// Thirty-two 16-bit weights from two vectors of y: the low words from y0, the high words from y1.
-inline __m512i weights(__m512 y0, __m512 y1, const Table& table) {
-    const __m512 top = _mm512_set1_ps(XI_MAX);
-    const __m512i x0 = _mm512_cvtps_epi32(_mm512_min_ps(y0, top)), x1 = _mm512_cvtps_epi32(_mm512_min_ps(y1, top));
-    const __m512i xi = _mm512_or_si512(x0, _mm512_slli_epi32(x1, 16));
-    const __m512i entry = _mm512_permutex2var_epi16(table.low, xi, table.high);  // looks at xi & 63 only
-    // A rounded average with zero is (x + 1) >> 1.
-    return _mm512_avg_epu16(_mm512_srlv_epi16(entry, _mm512_srli_epi16(xi, 6)), _mm512_setzero_si512());
 }
 
 // P of a page into p[pair][row]; returns row sums added to `sum`.
@@ -272,7 +252,8 @@ void tile(const AttentionArgs& s, i64 kv, i64 i0, i64 first, i64 count, PageScor
         w.offset[r] = -128 * q_sum;
     }
     const i64 n = most + 1, pages = (n + PAGE - 1) / PAGE, page_floats = PAGE * 16 * RV;
-    const bool keep = pages * page_floats * (i64)sizeof(float) <= T_BYTES;
+    // With a given maximum or the maximum alone there is one pass only.
+    const bool keep = !s.row_max && !s.own_max && pages * page_floats * (i64)sizeof(float) <= T_BYTES;
     float* t = (float*)scratch(S_T, sizeof(float) * (size_t)((keep ? pages : 1) * page_floats));
     __m512 m[RV], ignored[RV], q_scale[RV];
     __m512i sum[RV];
@@ -295,7 +276,19 @@ void tile(const AttentionArgs& s, i64 kv, i64 i0, i64 first, i64 count, PageScor
         scores<RV>(prep.keys + (ahead ? base * d : 0), s.k_scale + at, w.q, w.offset, d, min64(PAGE, n - base), base, w.limit,
                    base + PAGE - 1 <= least, t + (keep ? page * page_floats : 0), best);
     };
-    for (i64 page = 0; page < pages; page++) score_page(page, m);
+    if (s.row_max) {
+        for (i64 r = 0; r < 16 * RV; r++) w.row_max[r] = s.row_max[row_of[r]];
+        VA_UNROLL
+        for (int v = 0; v < RV; v++) m[v] = _mm512_load_ps(w.row_max + v * 16);
+    } else {
+        for (i64 page = 0; page < pages; page++) score_page(page, m);
+    }
+    if (s.own_max) {
+        VA_UNROLL
+        for (int v = 0; v < RV; v++) _mm512_store_ps(w.row_max + v * 16, m[v]);
+        for (i64 r = 0; r < count; r++) s.own_max[row_of[r]] = w.row_max[r];
+        return;
+    }
     memset(w.pg, 0, sizeof w.pg);
     if (s.v_pages) memset(o, 0, sizeof(int64_t) * (size_t)(d * 16 * RV));
     for (i64 page = 0; page < pages; page++) {

@@ -87,6 +87,8 @@ struct AttentionArgs {
     int32_t* l;                 // (tokens, heads)
     uint64_t* pg;               // (tokens, heads, 2) where g_pages is given
     void* prepared;             // per-call work space of the kernels, prepare_bytes() long
+    const float* row_max;       // (tokens, heads) to use in place of the rows' own maxima, or null
+    float* own_max;             // (tokens, heads): where given, row maxima are all that is computed
 };
 
 struct TransferArgs {
@@ -155,6 +157,15 @@ struct Kernels {
     void (*transfer)(const TransferArgs& s, i64 kv);
     void (*weights)(const WeightsArgs& s, i64 head, i64 i0, i64 i1);
     void (*values)(const ValuesArgs& s, i64 kv, i64 i0, i64 i1);
+
+    // Shares of attention (spec/partial.py), n <= PAGE keys at a time.
+    float (*run_max)(const int32_t* scores, const float* k_scale, i64 n, float m);
+    // P of one row; returns its sum.
+    int32_t (*run_weigh)(const int32_t* scores, const float* k_scale, i64 n, float m, float q_scale, uint16_t* p);
+    // pg[row, rep] += sum_j p[row * p_stride + j] * g[2 * j + rep] mod p.
+    void (*run_project)(const uint16_t* p, i64 p_stride, i64 rows, const uint64_t* g, i64 n, uint64_t* pg);
+    // o[row * d + c] += sum_j p[row * p_stride + j] * v[j * v_stride + c], p <= 16384.
+    void (*run_values)(const uint16_t* p, i64 p_stride, i64 rows, const int8_t* v, i64 v_stride, i64 n, i64 d, int64_t* o);
 
     // out[t, rep] = sum_n y[t, n] * r[rep, n] mod p; each y is read from memory once, and stored to copy unless null.
     void (*dot_i32)(const int32_t* y, i64 n, const uint64_t* r, i64 t0, i64 t1, int32_t* copy, uint64_t* out);

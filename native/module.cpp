@@ -13,6 +13,7 @@
 
 #include "buffer.h"
 #include "dispatch.h"
+#include "module_share.h"
 #include "pack.h"
 #include "threads.h"
 
@@ -255,18 +256,23 @@ void check_table(const Buffer<const int32_t>& table, i64 keys, i64 pages) {
 }
 
 void attention(nb::handle q_, nb::handle q_scale_, nb::handle k_, nb::handle k_scale_, nb::handle v_, nb::handle g_,
-               nb::handle table_, i64 start, nb::handle o_, nb::handle l_, nb::handle pg_) {
+               nb::handle table_, i64 start, nb::handle o_, nb::handle l_, nb::handle pg_, nb::handle row_max_, nb::handle own_max_) {
     Buffer<const int8_t> q(q_.ptr(), "q", 3), k(k_.ptr(), "k_pages", 4), v(v_.ptr(), "v_pages", 4, true);
     Buffer<const float> q_scale(q_scale_.ptr(), "q_scale", 2), k_scale(k_scale_.ptr(), "k_scale_pages", 3);
     Buffer<const uint64_t> g(g_.ptr(), "g_pages", 4, true);
     Buffer<const int32_t> table(table_.ptr(), "block_table", 1);
     Buffer<int64_t> o(o_.ptr(), "o", 3, true);
-    Buffer<int32_t> l(l_.ptr(), "l", 2);
+    Buffer<int32_t> l(l_.ptr(), "l", 2, true);
     Buffer<uint64_t> pg(pg_.ptr(), "pg", 3, true);
+    Buffer<const float> row_max(row_max_.ptr(), "row_max", 2, true);
+    Buffer<float> own_max(own_max_.ptr(), "own_max", 2, true);
     const i64 t = q.dim(0), heads = q.dim(1), d = q.dim(2), pages = k.dim(0), kv_heads = k.dim(1);
     require(heads >= 1 && kv_heads >= 1 && d >= 1 && d <= 65536 && heads % kv_heads == 0, "heads do not divide into groups");
     require(start >= 0 && start <= MAX_KEYS && t <= MAX_KEYS, "more than 131072 keys");
     require(v.given == o.given && g.given == pg.given, "an output without its input");
+    require(own_max.given != l.given && !(own_max.given && (o.given || pg.given)), "either the maxima or the sums");
+    row_max.shape({t, heads});
+    own_max.shape({t, heads});
     k.shape({pages, kv_heads, PAGE, d});
     q_scale.shape({t, heads});
     k_scale.shape({pages, kv_heads, PAGE});
@@ -278,7 +284,7 @@ void attention(nb::handle q_, nb::handle q_scale_, nb::handle k_, nb::handle k_s
     pg.shape({t, heads, 2});
     if (t == 0) return;
     AttentionArgs s{q.data, q_scale.data, k.data, k_scale.data, v.data, g.data, table.data, t, heads, kv_heads, d,
-                    start, o.data, l.data, pg.data, nullptr};
+                    start, o.data, l.data, pg.data, nullptr, row_max.data, own_max.data};
     nb::gil_scoped_release release;
     const Kernels& ks = kernels();
     const i64 tile = ks.tile_queries(s), tiles = (t + tile - 1) / tile, used = (start + t + PAGE - 1) / PAGE;
@@ -559,10 +565,12 @@ NB_MODULE(_native, m) {
         .def_prop_ro("nbytes", &PackedLinear::nbytes);
     m.def("attention", &attention, nb::arg("q"), nb::arg("q_scale"), nb::arg("k_pages"), nb::arg("k_scale_pages"),
           nb::arg("v_pages").none(), nb::arg("g_pages").none(), nb::arg("block_table"), nb::arg("start"),
-          nb::arg("o").none(), nb::arg("l"), nb::arg("pg").none());
+          nb::arg("o").none(), nb::arg("l").none(), nb::arg("pg").none(), nb::arg("row_max").none() = nb::none(),
+          nb::arg("own_max").none() = nb::none());
     m.def("attention_transfer", &attention_transfer);
     m.def("attention_weights", &attention_weights);
     m.def("weighted_values", &weighted_values);
+    bind_share(m);
     m.def("linear_check", &linear_check, nb::arg("y"), nb::arg("r"), nb::arg("a"), nb::arg("u"), nb::arg("out").none(),
           nb::arg("ok"));
     m.def("project_weights", &project_weights);

@@ -60,7 +60,7 @@ bool same_attention(const Kernels& k, Numbers& numbers) {
             l[x].assign(q_scale.size(), 1);
             pg[x].assign(q_scale.size() * 2, 1);
             AttentionArgs s{q.data(), q_scale.data(), keys.data(), k_scale.data(), values.data(), g.data(), table, tokens,
-                            heads, 1, d, start, o[x].data(), l[x].data(), pg[x].data(), nullptr};
+                            heads, 1, d, start, o[x].data(), l[x].data(), pg[x].data(), nullptr, nullptr, nullptr};
             std::vector<uint8_t> prepared(tables[x]->prepare_bytes(s) + 64);
             s.prepared = prepared.size() > 64 ? prepared.data() + (64 - (uintptr_t)prepared.data() % 64) % 64 : nullptr;
             if (s.prepared) tables[x]->prepare(s, 0, 0, pages);
