@@ -40,21 +40,19 @@ class Case:
         )
 
 
-SIZES = dict(
-    seed=st.integers(0, 2**32 - 1),
-    rows=st.integers(1, 9),
-    kv_heads=st.integers(1, 3),
-    group=st.integers(1, 5),
-    d=st.sampled_from([4, 12, 16, 64, 72, 128]),
-    keys=st.integers(0, 700),
-)
+SIZES = {
+    "seed": st.integers(0, 2**32 - 1),
+    "rows": st.integers(1, 9),
+    "kv_heads": st.integers(1, 3),
+    "group": st.integers(1, 5),
+    "d": st.sampled_from([4, 12, 16, 64, 72, 128]),
+    "keys": st.integers(0, 700),
+}
 
 
 @EXACT
 @given(**SIZES)
-def test_shares_in_one_piece(
-    isa: str, seed: int, rows: int, kv_heads: int, group: int, d: int, keys: int
-) -> None:
+def test_shares_in_one_piece(isa: str, seed: int, rows: int, kv_heads: int, group: int, d: int, keys: int) -> None:
     c = Case(seed, rows, kv_heads, group, d, keys, 3)
     scores = native.share_scores(c.q, c.k)
     assert np.array_equal(scores, reference.share_scores(c.q, c.k))
@@ -96,9 +94,7 @@ def test_shares_in_pages_follow_one_another(
     pgs = [np.zeros((rows, heads, 2), np.uint64) for _ in range(3)]
     o = np.zeros((rows, heads, d), np.int64)
     for at, n, x, table in shares:
-        scale, gs, vs = (
-            (x.k_scale, x.g, x.v) if table is None else (x.scale_pages, x.g_pages, x.v_pages)
-        )
+        scale, gs, vs = (x.k_scale, x.g, x.v) if table is None else (x.scale_pages, x.g_pages, x.v_pages)
         native.share_weights_into(p, sums[0], pgs[0], scores, at, n, c.q_scale, scale, row_max, gs, table)
         native.share_weights_into(None, sums[1], pgs[1], scores, at, n, c.q_scale, scale, row_max, gs, table)
         native.share_projection_into(pgs[2], p, at, n, gs, table)
@@ -146,7 +142,10 @@ def test_the_longest_context(isa: str, keys: int) -> None:
     assert np.array_equal(o, whole[0]) and np.array_equal(row_sum, whole[1])
     # The same with half of the keys as the verifier's share.
     half = keys // 2
-    pages = k[half:].reshape(-1, PAGE, 1, d).swapaxes(1, 2).copy(), v[half:].reshape(-1, PAGE, 1, d).swapaxes(1, 2).copy()
+    pages = (
+        k[half:].reshape(-1, PAGE, 1, d).swapaxes(1, 2).copy(),
+        v[half:].reshape(-1, PAGE, 1, d).swapaxes(1, 2).copy(),
+    )
     scales, table = np.ones((half // PAGE, 1, PAGE), np.float32), np.arange(half // PAGE, dtype=np.int32)
     assert np.array_equal(native.tail_maximum(q, pages[0], scales, table, half - 1), row_max)
     theirs, their_sum = native.tail_attention(q, q_scale, pages[0], scales, pages[1], table, half - 1, row_max)

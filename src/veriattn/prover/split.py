@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from veriattn.native.partial import share_outputs_into, share_scores_into, share_weights_into
 from veriattn.prover.backend import ClaimSink
 from veriattn.spec.local import LocalOperations
 from veriattn.spec.model import ModelConfig
-from veriattn.spec.partial import share_outputs, share_scores, share_sums, share_weights
 from veriattn.spec.reference import F32, I8, I32, I64
 from veriattn.wire.channel import Channel
 from veriattn.wire.messages import BadRequest, Kind, Limits
@@ -55,13 +55,15 @@ class SplitProver:
         if r.resident + r.streamed == 0:
             return np.zeros(q_i8.shape, np.int64), np.zeros((rows, heads), np.int32)
         name = f"layers.{r.layer}.{{}}.{r.seq_id}"
-        k, k_scale = (local.gather(r.layer, r.seq_id, f)[: r.resident] for f in ("k", "k_scale"))
-        scores, scales = [share_scores(q_i8, k)], [k_scale]
+        a, table = local.pages(r.layer, r.seq_id)
+        scores_i32 = np.empty((heads, rows, r.resident + r.streamed), np.int32)
+        share_scores_into(scores_i32, 0, r.resident, q_i8, a["k"], table)
+        at, scales = r.resident, []
         for count in block_sizes(r.streamed):
             k_block, scale = decode_key_block(self._receive(Kind.BLOCK), count, c)
-            scores.append(share_scores(q_i8, k_block))
+            share_scores_into(scores_i32, at, count, q_i8, k_block)
             scales.append(scale)
-        scores_i32 = np.concatenate(scores, axis=2)
+            at += count
         sink.claim(name.format("scores"), scores_i32)
         payload = self._receive(Kind.NORMALISER)
         if r.with_weights:
@@ -69,13 +71,21 @@ class SplitProver:
             row_sums = np.zeros((rows, heads), np.int32)
         else:
             row_max = decode_array(payload, "<f4", (rows, heads)).astype(np.float32)
-            p_u16 = share_weights(scores_i32, q_scale, np.concatenate(scales), row_max)
-            row_sums = share_sums(p_u16)
-        at = r.resident
-        o = share_outputs(p_u16[:, :, :at], local.gather(r.layer, r.seq_id, "v")[:at])
+            p_u16, row_sums = np.empty(scores_i32.shape, np.uint16), np.zeros((rows, heads), np.int32)
+            own = (0, r.resident, a["k_scale"], table)
+            streamed = (
+                r.resident,
+                r.streamed,
+                np.concatenate([np.empty((0, c.num_kv_heads), np.float32), *scales]),
+                None,
+            )
+            for at, count, k_scale, where in (own, streamed):
+                share_weights_into(p_u16, row_sums, None, scores_i32, at, count, q_scale, k_scale, row_max, None, where)
+        at, o = r.resident, np.zeros(q_i8.shape, np.int64)
+        share_outputs_into(o, p_u16, 0, at, a["v"], table)
         for count in block_sizes(r.streamed):
             v_block = decode_value_block(self._receive(Kind.BLOCK), count, c)
-            o += share_outputs(p_u16[:, :, at : at + count], v_block)
+            share_outputs_into(o, p_u16, at, count, v_block)
             at += count
         sink.claim(name.format("attention"), o)
         return o, row_sums

@@ -102,6 +102,10 @@ class LocalOperations:
         """Contiguous copy (keys, kv_heads, ...) of what the cache holds of a sequence."""
         return self._caches[layer].gather(seq_id, name)
 
+    def pages(self, layer: int, seq_id: int) -> tuple[dict[str, np.ndarray[Any, Any]], npt.NDArray[np.int32]]:
+        """The cache's arrays of a layer and the block table of a sequence in them."""
+        return self._caches[layer].arrays, self._caches[layer].table(seq_id)
+
     def weighted_values(self, layer: int, seq_id: int, p_u16: npt.NDArray[np.uint16]) -> I64:
         """O = P V. Shapes: P (heads, tokens, keys) -> (tokens, heads, d)."""
         cache = self._caches[layer]

@@ -8,26 +8,28 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from veriattn.errors import AttentionMismatch, ConfigError, InternalError
-from veriattn.native import key_projection, linear_check, value_projection
+from veriattn.native import attention_weights_paged, key_projection, linear_check, value_projection
+from veriattn.native.partial import (
+    share_maximum_into,
+    share_outputs_into,
+    share_projection_into,
+    share_scores_into,
+    share_weights_into,
+    tail_attention,
+    tail_maximum,
+)
 from veriattn.shield.permutation import Shield
 from veriattn.spec.forward import AttentionInput, Batch, BatchEntry
 from veriattn.spec.kv import PAGE, PagedCache
 from veriattn.spec.model import ModelConfig
-from veriattn.spec.partial import (
-    share_maximum,
-    share_projection,
-    share_sums,
-    share_weights,
-    tail_attention,
-    tail_maximum,
-)
-from veriattn.spec.reference import F32, I8, I32, I64, attention_weights, causal_mask
+from veriattn.spec.partial import share_sums
+from veriattn.spec.reference import F32, I8, I32, I64, gather_pages
 from veriattn.verifier.checks import LYING, Attention, ClaimChecker
 from veriattn.verifier.keys import REPETITIONS, U64
 from veriattn.verifier.offload import Controller, Measurement
@@ -149,6 +151,55 @@ class Sender(Protocol):
     def flush(self) -> None: ...
 
 
+#: Columns [at, at + keys) of a share's arrays, and where these keys are.
+_Segment = tuple[int, int, dict[str, npt.NDArray[Any]], I32]
+
+
+def _paged_scales(segments: list[_Segment], keys: int) -> tuple[F32, I32]:
+    """Key scales of all segments as pages and their table: the seam between segments need not be that of a page."""
+    parts = [gather_pages(a["k_scale"], table, count) for _, count, a, table in segments]
+    pages = -(-keys // PAGE)
+    flat = np.zeros((pages * PAGE, parts[0].shape[1]), np.float32)
+    np.concatenate(parts, out=flat[:keys])
+    return np.ascontiguousarray(flat.reshape(pages, PAGE, -1).swapaxes(1, 2)), np.arange(pages, dtype=np.int32)
+
+
+class _OwnShare:
+    """The verifier's part of one run's attention: row maxima first, then sums relative to the maximum over all keys.
+
+    A single row sees all keys of the share, so its scores are kept between the two steps; several rows are computed in tiles
+    that stay in a core's cache, twice.
+    """
+
+    def __init__(self, cache: PagedCache, table: I32, start: int, q_i8: I8, q_scale: F32) -> None:
+        self._a, self._table, self._start, self._q, self._q_scale = cache.arrays, table, start, q_i8, q_scale
+        self._scores: I32 | None = None
+
+    def maximum(self) -> F32:
+        """Row maxima, (rows, heads)."""
+        rows, heads, _ = self._q.shape
+        if rows > 1:
+            return tail_maximum(self._q, self._a["k"], self._a["k_scale"], self._table, self._start)
+        keys = self._start + 1
+        self._scores = np.empty((heads, 1, keys), np.int32)
+        share_scores_into(self._scores, 0, keys, self._q, self._a["k"], self._table)
+        row_max = np.full((1, heads), -np.inf, np.float32)
+        share_maximum_into(row_max, self._scores, 0, keys, self._a["k_scale"], self._table)
+        return row_max
+
+    def attention(self, row_max: F32) -> tuple[I64, I32]:
+        """O (rows, heads, d) and L (rows, heads) of the share."""
+        a, table = self._a, self._table
+        if self._scores is None:
+            return tail_attention(self._q, self._q_scale, a["k"], a["k_scale"], a["v"], table, self._start, row_max)
+        p_u16, row_sum = np.empty(self._scores.shape, np.uint16), np.zeros(row_max.shape, np.int32)
+        keys, scale = self._start + 1, a["k_scale"]
+        share_weights_into(p_u16, row_sum, None, self._scores, 0, keys, self._q_scale, scale, row_max, None, table)
+        o = np.zeros(self._q.shape, np.int64)
+        share_outputs_into(o, p_u16, 0, keys, a["v"], table)
+        return o, row_sum
+
+
 class SplitAttention:
     """Attention of runs that lie beyond their sequence's limit.
 
@@ -177,6 +228,7 @@ class SplitAttention:
         self._fixed = ratio
         self.controller = Controller(0.5 if ratio is None else ratio)
         self._step: list[Measurement] = []
+        self._positions: U64 = np.empty((REPETITIONS, 0), np.uint64)
 
     def limit(self, seq_id: int) -> int | None:
         """How many leading positions of a sequence the prover keeps; None for all."""
@@ -244,8 +296,7 @@ class SplitAttention:
         self.cache.append(layer, entry, limit, x.k_i8, x.k_scale, x.v_i8)
         before = entry.start - limit
         streamed = min(before // PAGE, int(self.ratio * (before + entry.num_tokens)) // PAGE) * PAGE
-        tail_table = cache.table(entry.seq_id)[streamed // PAGE :]
-        a, tail_start = cache.arrays, before - streamed
+        own = _OwnShare(cache, cache.table(entry.seq_id)[streamed // PAGE :], before - streamed, q_i8, q_scale)
         share = limit + streamed
         request = SplitRequest(
             entry.seq_id, layer, entry.num_tokens, limit, streamed, False,
@@ -256,21 +307,25 @@ class SplitAttention:
             self._send(Kind.SPLIT, encode_split(request))
         self._stream_keys(layer, entry.seq_id, streamed)
         busy = -time.monotonic()
-        row_max = tail_maximum(q_i8, a["k"], a["k_scale"], tail_table, tail_start)
+        row_max = own.maximum()
         busy += time.monotonic()
         waited = 0.0
         if share:
             claimed_scores = np.empty((q_i8.shape[1], entry.num_tokens, share), np.int32)
             waited += self._receive(claimed_scores)
-            scale, g = self._share_fields(layer, entry.seq_id, limit, streamed)
             self._check_scores(layer, entry, limit, streamed, q_i8, claimed_scores)
-            row_max = np.maximum(row_max, share_maximum(claimed_scores, scale))
+            segments = self._segments(layer, entry.seq_id, limit, streamed)
+            for at, count, a, table in segments:
+                share_maximum_into(row_max, claimed_scores, at, count, a["k_scale"], table)
             self._send(Kind.NORMALISER, [row_max])
             self._stream_values(layer, entry.seq_id, streamed)
-            p_u16 = share_weights(claimed_scores, q_scale, scale, row_max)
-            pg, row_sum = share_projection(p_u16, g), share_sums(p_u16)
+            pg, row_sum = np.zeros((*row_max.shape, REPETITIONS), np.uint64), np.zeros(row_max.shape, np.int32)
+            for at, count, a, table in segments:
+                share_weights_into(
+                    None, row_sum, pg, claimed_scores, at, count, q_scale, a["k_scale"], row_max, a["g"], table
+                )
         busy -= time.monotonic()
-        o, own_sum = tail_attention(q_i8, q_scale, a["k"], a["k_scale"], a["v"], tail_table, tail_start, row_max)
+        o, own_sum = own.attention(row_max)
         busy += time.monotonic()
         if not mediated:
             self._send(Kind.SHARE, [o, own_sum])
@@ -310,17 +365,17 @@ class SplitAttention:
         claimed_scores = np.empty((q_i8.shape[1], entry.num_tokens, keys), np.int32)
         self._receive(claimed_scores)
         self._check_scores(layer, entry, limit, streamed, q_i8, claimed_scores)
-        scale, g = self._share_fields(layer, entry.seq_id, limit, streamed)
-        group, visible = q_i8.shape[1] // scale.shape[1], causal_mask(entry.num_tokens, entry.start, keys)
-        p_u16 = np.empty(claimed_scores.shape, np.uint16)
-        for h in range(q_i8.shape[1]):
-            p_u16[h] = attention_weights(claimed_scores[h], q_scale[:, h], scale[:, h // group], visible)[0]
+        segments = self._segments(layer, entry.seq_id, limit, streamed)
+        p_u16 = attention_weights_paged(claimed_scores, q_scale, *_paged_scales(segments, keys), entry.start)
         self._send(Kind.NORMALISER, [p_u16])
         self._stream_values(layer, entry.seq_id, streamed)
         claimed_o = np.empty(q_i8.shape, np.int64)
         self._receive(claimed_o)
         claimed_o = self._restored(layer, entry, claimed_o)
-        self._checker.outputs(layer, entry.seq_id, entry.start, claimed_o, share_projection(p_u16, g))
+        pg = np.zeros((*q_scale.shape, REPETITIONS), np.uint64)
+        for at, count, a, table in segments:
+            share_projection_into(pg, p_u16, at, count, a["g"], table)
+        self._checker.outputs(layer, entry.seq_id, entry.start, claimed_o, pg)
         if layer == 0:
             self.stats.prover_tokens += limit
             self.stats.streamed_tokens += streamed
@@ -335,26 +390,36 @@ class SplitAttention:
         c = self.cache.challenge_sum(layer, entry.seq_id, blocks, checker.cache.challenge_sum(layer, entry.seq_id))
         if streamed % PAGE and limit + streamed != entry.start + entry.num_tokens:
             raise InternalError("a share that ends inside a block")
-        r = np.ascontiguousarray(checker.keys.positions(limit + streamed)[:, : limit + streamed])
-        group = q_i8.shape[1] // c.shape[0]
-        for head in range(q_i8.shape[1]):
-            ok = linear_check(claimed_scores[head], r, np.ascontiguousarray(q_i8[:, head]), c[head // group])
+        r = self._challenges(limit + streamed)
+        kv_heads, rows = c.shape[0], entry.num_tokens
+        group = q_i8.shape[1] // kv_heads
+        for kv in range(kv_heads):
+            heads = slice(kv * group, (kv + 1) * group)
+            q = np.ascontiguousarray(q_i8[:, heads].swapaxes(0, 1)).reshape(group * rows, -1)
+            ok = linear_check(claimed_scores[heads].reshape(group * rows, -1), r, q, c[kv])
             if not bool(np.all(ok)):
-                row = int(np.argmin(ok))
+                head, row = divmod(int(np.argmin(ok)), rows)
                 raise AttentionMismatch(
-                    f"layers.{layer}.attention, sequence {entry.seq_id}, position {entry.start + row}, head {head}: "
-                    "the claimed scores are wrong",
+                    f"layers.{layer}.attention, sequence {entry.seq_id}, position {entry.start + row}, "
+                    f"head {kv * group + head}: the claimed scores are wrong",
                     hint=LYING,
                 )
 
-    def _share_fields(self, layer: int, seq_id: int, limit: int, streamed: int) -> tuple[F32, U64]:
-        """Key scales and g of the prover's share, in its order."""
+    def _challenges(self, keys: int) -> U64:
+        """Challenges of the first positions in one piece; kept, since all layers of a step ask for the same."""
+        if self._positions.shape[1] != keys:
+            self._positions[...] = 0
+            self._positions = np.ascontiguousarray(self._checker.keys.positions(keys)[:, :keys])
+        return self._positions
+
+    def _segments(self, layer: int, seq_id: int, limit: int, streamed: int) -> list[_Segment]:
+        """The prover's share, in its order: first column, keys, the arrays and the block table that hold them."""
         resident, ours = self._checker.cache.layer(layer), self.cache.layer(layer)
-        scale, g = (
-            np.concatenate([resident.gather(seq_id, name)[:limit], ours.gather(seq_id, name)[:streamed]])
-            for name in ("k_scale", "g")
+        both = (
+            (0, limit, resident.arrays, resident.table(seq_id)),
+            (limit, streamed, ours.arrays, ours.table(seq_id)),
         )
-        return scale, g
+        return [segment for segment in both if segment[1]]
 
     def _shown_queries(self, layer: int, entry: BatchEntry, q_i8: I8) -> I8:
         return q_i8 if self._shield is None else self._shield.layer(layer, entry.seq_id).qk.apply(q_i8)
@@ -388,4 +453,5 @@ class SplitAttention:
 
     def close(self) -> None:
         """Overwrite all state that depends on secrets."""
+        self._positions[...] = 0
         self.cache.close()
