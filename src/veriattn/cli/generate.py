@@ -84,6 +84,14 @@ _MAX_PROMPTS_BYTES = 256 << 20
               help="Scramble the keys and values that the prover sees (veriattn, tsdp).")  # fmt: skip
 @click.option("--shield-first-layers", type=click.IntRange(min=0), default=0, metavar="N",
               help="Keep attention of the first N layers in the TEE.  [default: 0]")  # fmt: skip
+@click.option("--prover-kv-tokens", type=click.IntRange(min=0), metavar="C",
+              help="Keys of one sequence that the prover keeps; the TEE keeps the others.  [default: all]")  # fmt: skip
+@click.option("--prover-kv-total", type=click.IntRange(min=0), metavar="C",
+              help="Keys of all sequences that the prover keeps, first come, first served.  [default: all]")  # fmt: skip
+@click.option("--offload-ratio", type=click.FloatRange(0, 1), metavar="P",
+              help="Part of the other keys that is streamed to the prover in each step.  [default: adapts]")  # fmt: skip
+@click.option("--tee-memory", metavar="SIZE",
+              help="Most memory for keys and values in the TEE, for example 512M or 4G.  [default: no limit]")  # fmt: skip
 @click.option("--emulate-link", metavar="GBPS[,LATENCY_US]", help="Slow the link to the prover down, for measuring.")
 @click.option(
     "--trace", type=click.Path(path_type=Path), metavar="FILE", help="Write a Chrome/Perfetto trace of both sides."
@@ -205,6 +213,10 @@ def _engine_config(model: str, path: Path, options: dict[str, Any]) -> EngineCon
         prefill_chunk=options["prefill_chunk"],
         attention_check=_CHECKS[options["attention_check"]],
         tiling=_tiling(options["tiles"]),
+        prover_kv_tokens=options["prover_kv_tokens"],
+        prover_kv_total=options["prover_kv_total"],
+        offload_ratio=options["offload_ratio"],
+        tee_memory_bytes=None if options["tee_memory"] is None else _size(options["tee_memory"]),
         kv_shield=options["kv_shield"],
         shield_first_layers=options["shield_first_layers"],
         emulate_link=None if link is None else Throttle.parse(link),
@@ -214,6 +226,15 @@ def _engine_config(model: str, path: Path, options: dict[str, Any]) -> EngineCon
         trace=options["trace"],
         expected_digest=None if digest is None else digest.lower(),
     )
+
+
+def _size(text: str) -> int:
+    """Bytes in a size such as 512M. Raises: UsageError."""
+    digits, unit = (text[:-1], text[-1].upper()) if text[-1:].isalpha() else (text, "")
+    scale = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}.get(unit)
+    if scale is None or not (digits.isascii() and digits.isdigit()):
+        raise UsageError(f"--tee-memory {text!r} is not a size", hint="for example 512M or 4G")
+    return int(digits) * scale
 
 
 def _command(text: str | None) -> tuple[str, ...] | None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from veriattn.engine.engine import Engine, RequestState
+from veriattn.engine.strategies import ExecutorReport
 
 
 def generation_json(
@@ -24,7 +25,6 @@ def generation_json(
     """
     report = engine.report()
     verified = engine.guarantee != "none"
-    on_prover = report.prover_pid is not None or report.prover_device is not None
     cached = sum(len(s.request.prompt_ids) + max(0, len(s.output_ids) - 1) for s in states)
     results = [_result(engine, state, logprobs) for state in states]
     top: dict[str, Any] = results[0] if single else {"results": results}
@@ -37,12 +37,7 @@ def generation_json(
         "prover": {"pid": report.prover_pid, "device": report.prover_device},
         "checks": report.checks(),
         "soundness_bits": report.soundness_bits,
-        "kv": {
-            "prover_tokens": cached if on_prover else 0,
-            "streamed_tokens": 0,
-            "tee_tokens": 0 if on_prover else cached,
-            "offload_ratio": 0.0,
-        },
+        "kv": _kv(engine, report, cached),
         "kv_shield": engine.config.kv_shield,
         "shield_first_layers": engine.config.shield_first_layers,
         "emulated_link": None if engine.config.emulate_link is None else str(engine.config.emulate_link),
@@ -55,6 +50,28 @@ def generation_json(
         },
         "trace": engine.trace_summary,
         "restarts": engine.restarts,
+    }
+
+
+def _kv(engine: Engine, report: ExecutorReport, cached: int) -> dict[str, Any]:
+    """Where keys were. Without a limit: how many each side cached in the end. With one: keys attended to, summed over the
+    steps that went beyond it, by where they were: resident, streamed, in the TEE; the last ratio, and the memory here."""
+    on_prover = report.prover_pid is not None or report.prover_device is not None
+    config = engine.config
+    if on_prover and (config.prover_kv_tokens is not None or config.prover_kv_total is not None):
+        return {
+            "prover_tokens": report.kv_prover_tokens,
+            "streamed_tokens": report.kv_streamed_tokens,
+            "tee_tokens": report.kv_tee_tokens,
+            "offload_ratio": report.offload_ratio,
+            "offload_ratios": list(report.offload_ratios),
+            "tee_bytes": report.kv_tee_bytes,
+        }
+    return {
+        "prover_tokens": cached if on_prover else 0,
+        "streamed_tokens": 0,
+        "tee_tokens": 0 if on_prover else cached,
+        "offload_ratio": 0.0,
     }
 
 

@@ -45,11 +45,19 @@ class ExecutorReport:
     bytes_from_prover: int = 0
     verify_cpu_s: float = 0.0
     prover_wait_s: float = 0.0
+    kv_prover_tokens: int = 0
+    kv_streamed_tokens: int = 0
+    kv_tee_tokens: int = 0
+    kv_tee_bytes: int = 0
+    offload_ratio: float | None = None
+    offload_ratios: tuple[float, ...] = ()
 
     def add(self, other: ExecutorReport) -> None:
         """Accumulate the counters of an earlier or later executor; identity fields become the other's."""
         self.prover_pid, self.prover_device = other.prover_pid, other.prover_device
         self.soundness_bits = other.soundness_bits
+        self.offload_ratio = self.offload_ratio if other.offload_ratio is None else other.offload_ratio
+        self.kv_tee_bytes = max(self.kv_tee_bytes, other.kv_tee_bytes)
         for name in (
             "linear_rows",
             "attention_rows",
@@ -58,6 +66,10 @@ class ExecutorReport:
             "bytes_from_prover",
             "verify_cpu_s",
             "prover_wait_s",
+            "kv_prover_tokens",
+            "kv_streamed_tokens",
+            "kv_tee_tokens",
+            "offload_ratios",
         ):
             setattr(self, name, getattr(self, name) + getattr(other, name))
 
@@ -154,6 +166,7 @@ class SessionExecutor:
 
     def report(self) -> ExecutorReport:
         s = self.session
+        kv: dict[str, Any] = {} if s.split is None else s.split.stats.counters()
         return ExecutorReport(
             prover_pid=s.prover.pid,
             prover_device=s.ready.device,
@@ -165,6 +178,7 @@ class SessionExecutor:
             bytes_from_prover=s.channel.bytes_received,
             verify_cpu_s=s.stats.verify_cpu_s,
             prover_wait_s=s.stats.prover_wait_s,
+            **kv,
         )
 
     def close(self) -> None:

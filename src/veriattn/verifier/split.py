@@ -46,19 +46,24 @@ from veriattn.wire.split import (
 
 @dataclass
 class SplitStats:
-    """Keys attended to, summed over steps (of one layer): resident at the prover, streamed to it, ours."""
+    """Keys attended to by shared runs, summed over steps (of one layer): resident at the prover, streamed to it, ours;
+    the most that keys and values here took; the ratio of every step."""
 
     prover_tokens: int = 0
     streamed_tokens: int = 0
     tee_tokens: int = 0
+    tee_bytes: int = 0
     ratios: list[float] = field(default_factory=list)
 
-    def to_json(self, ratio: float | None) -> dict[str, float | int | None]:
+    def counters(self) -> dict[str, Any]:
+        """Under the names of the engine's report. The ratio is the last step's, None before the first."""
         return {
-            "prover_tokens": self.prover_tokens,
-            "streamed_tokens": self.streamed_tokens,
-            "tee_tokens": self.tee_tokens,
-            "offload_ratio": ratio,
+            "kv_prover_tokens": self.prover_tokens,
+            "kv_streamed_tokens": self.streamed_tokens,
+            "kv_tee_tokens": self.tee_tokens,
+            "kv_tee_bytes": self.tee_bytes,
+            "offload_ratio": self.ratios[-1] if self.ratios else None,
+            "offload_ratios": tuple(self.ratios),
         }
 
 
@@ -245,17 +250,23 @@ class SplitAttention:
         return self.controller.ratio if self._fixed is None else self._fixed
 
     def end_step(self) -> None:
-        """Let the controller see what the step's layers took."""
-        if self._step:
-            total = Measurement(
-                sum(m.prover_keys for m in self._step),
-                sum(m.prover_s for m in self._step),
-                sum(m.tee_keys for m in self._step),
-                sum(m.tee_s for m in self._step),
-            )
-            self.stats.ratios.append(self.ratio)
-            self.controller = self.controller.update(total)
-            self._step.clear()
+        """Let the controller see what the step's layers took; the decision is in the trace."""
+        if not self._step:
+            return
+        total = Measurement(
+            sum(m.prover_keys for m in self._step),
+            sum(m.prover_s for m in self._step),
+            sum(m.tee_keys for m in self._step),
+            sum(m.tee_s for m in self._step),
+        )
+        self.stats.ratios.append(self.ratio)
+        self.stats.tee_bytes = max(self.stats.tee_bytes, self.cache.nbytes)
+        self.controller = self.controller.update(total)
+        self._step.clear()
+        trace = self._checker.trace
+        if trace.enabled:
+            now = time.monotonic()
+            trace.add("replay", now, now, f"offload ratio {self.stats.ratios[-1]:.3f}, next {self.ratio:.3f}")
 
     def _receive(self, out: npt.NDArray[np.generic]) -> float:
         t = time.monotonic()
@@ -306,14 +317,18 @@ class SplitAttention:
         if share or not mediated:
             self._send(Kind.SPLIT, encode_split(request))
         self._stream_keys(layer, entry.seq_id, streamed)
+        trace = checker.trace
+        trace.label = f"layers.{layer}.attention.{entry.seq_id}"
         busy = -time.monotonic()
-        row_max = own.maximum()
+        with trace.span("replay", f"{trace.label}, own scores"):
+            row_max = own.maximum()
         busy += time.monotonic()
         waited = 0.0
         if share:
             claimed_scores = np.empty((q_i8.shape[1], entry.num_tokens, share), np.int32)
             waited += self._receive(claimed_scores)
-            self._check_scores(layer, entry, limit, streamed, q_i8, claimed_scores)
+            with trace.span("check"):
+                self._check_scores(layer, entry, limit, streamed, q_i8, claimed_scores)
             segments = self._segments(layer, entry.seq_id, limit, streamed)
             for at, count, a, table in segments:
                 share_maximum_into(row_max, claimed_scores, at, count, a["k_scale"], table)
@@ -325,7 +340,8 @@ class SplitAttention:
                     None, row_sum, pg, claimed_scores, at, count, q_scale, a["k_scale"], row_max, a["g"], table
                 )
         busy -= time.monotonic()
-        o, own_sum = own.attention(row_max)
+        with trace.span("replay", f"{trace.label}, own share"):
+            o, own_sum = own.attention(row_max)
         busy += time.monotonic()
         if not mediated:
             self._send(Kind.SHARE, [o, own_sum])
