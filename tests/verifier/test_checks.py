@@ -236,3 +236,31 @@ def test_heads_use_the_keys_of_their_group() -> None:
     assert np.array_equal(row_sum, run.row_sum)
     assert not np.array_equal(swapped[:, ::-1], run.row_sum)
     assert GROUP == 3
+
+
+@pytest.mark.parametrize("delta", [1, -1])
+def test_every_position_of_a_claim(delta: int) -> None:
+    """The smallest lie, at each element of each claim of a small step, one after the other."""
+    checker = make_checker()
+    for name, (out, inp) in CONFIG.linear_shapes().items():
+        a = int8(2, inp)
+        y = a.astype(np.int32) @ TENSORS[f"{name}.weight"].astype(np.int32).T
+        for row, column in np.ndindex(2, out):
+            y[row, column] += delta
+            with pytest.raises(FreivaldsMismatch):
+                checker.linear(name, a, y)
+            y[row, column] -= delta
+        checker.linear(name, a, y)
+    run = Attended(3, 2)
+    for at in np.ndindex(run.o.shape):
+        run.o[at] += delta
+        with pytest.raises(AttentionMismatch):
+            run.replay(run.o)
+        run.o[at] -= delta
+    for head, row, key in np.ndindex(run.scores.shape):
+        run.scores[head, row, key] += delta
+        if key <= 3 + row:
+            with pytest.raises(AttentionMismatch):
+                run.transfer(run.scores, run.o)
+        run.scores[head, row, key] -= delta
+    run.transfer(run.scores, run.o)
