@@ -61,9 +61,9 @@ def main() -> None:
     figure, axes = plt.subplots(len(parts), 1, figsize=(11, 2.1 * len(parts) + 0.6), sharex=True, squeeze=False)
     for axis, (title, tracks, length) in zip(axes[:, 0], parts, strict=True):
         for y, track in enumerate(reversed(TRACKS)):
-            for kind in COLOURS:
+            for kind, colour in COLOURS.items():
                 bars = [(start, width) for start, width, k in tracks[track] if k == kind]
-                axis.broken_barh(bars, (y + 0.1, 0.8), facecolors=COLOURS[kind], linewidth=0)
+                axis.broken_barh(bars, (y + 0.1, 0.8), facecolors=colour, linewidth=0)
         axis.set_yticks([y + 0.5 for y in range(len(TRACKS))], list(reversed(TRACKS)))
         axis.set_title(f"{title}: {length:.1f} ms", loc="left", fontsize=10)
         axis.set_xlim(0, max(length for _, _, length in parts))
