@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tests.helpers import LocalModel, tiny_config, tiny_tensors
 
 from veriattn.errors import AttentionMismatch, FreivaldsMismatch
-from veriattn.native import project_weights
+from veriattn.native import project_weights, value_projection
 from veriattn.spec.field import OUTPUT_LIMIT, P
 from veriattn.spec.forward import AttentionInput, Batch, BatchEntry
 from veriattn.spec.model import ModelConfig
@@ -153,6 +153,40 @@ def test_outputs_at_the_edge_of_the_range_are_refused_by_the_check(value: int) -
         run.replay(run.o)
 
 
+def batch_of_three() -> tuple[ClaimChecker, Batch, np.ndarray, list[np.ndarray]]:
+    """Runs of 2, 1 and 3 tokens: a checker that has them, the batch, the true outputs and what they must project to."""
+    local, checker, counts = LocalModel(CONFIG, TENSORS).ops, make_checker(), (2, 1, 3)
+    batch = Batch(tuple(BatchEntry(i + 5, 0, (1,) * n) for i, n in enumerate(counts)))
+    x = attention_input(sum(counts))
+    o, _ = local.attention(0, batch, x)
+    checker.append(0, batch, x)
+    expected = [
+        checker.expected_by_replay(0, e.seq_id, 0, x.q_i8[rows], x.q_scale[rows])[1]
+        for e, rows in zip(batch.entries, batch.slices(), strict=True)
+    ]
+    return checker, batch, o, expected
+
+
+@quick
+@given(st.data())
+def test_outputs_of_a_batch(data: Any) -> None:
+    checker, batch, o, expected = batch_of_three()
+    checker.batch_outputs(0, batch, o, expected)
+    assert checker.counts.attention_rows == o.shape[0] * o.shape[1]
+    at = tuple(data.draw(st.integers(0, n - 1)) for n in o.shape)
+    lie = o.copy()
+    lie[at] += data.draw(st.sampled_from([1, -1, 2**38, P, -P, 2**62]))
+    entry = next(e for e, rows in zip(batch.entries, batch.slices(), strict=True) if rows.start <= at[0] < rows.stop)
+    with pytest.raises(AttentionMismatch, match=f"sequence {entry.seq_id}[,:]"):
+        checker.batch_outputs(0, batch, lie, expected)
+
+
+def test_outputs_of_a_batch_are_as_many_as_were_asked_for() -> None:
+    checker, batch, o, expected = batch_of_three()
+    with pytest.raises(ValueError, match="zip"):
+        checker.batch_outputs(0, batch, o, expected[:2])
+
+
 def test_one_repetition_would_not_be_enough_to_see_this() -> None:
     """A lie made with one repetition's challenges in hand passes that one; the other meets it."""
     checker = make_checker()
@@ -215,7 +249,8 @@ def test_cache_overwrites_what_it_frees() -> None:
     cache = VerifiedCache(CONFIG, keys, track_scores=True)
     x = attention_input(4)
     for seq_id in (1, 2):
-        cache.append(0, BatchEntry(seq_id, 0, (1,) * 4), x.k_i8, x.k_scale, x.v_i8)
+        g = value_projection(x.v_i8, keys.attention(0))
+        cache.append(0, BatchEntry(seq_id, 0, (1,) * 4), x.k_i8, x.k_scale, g)
     sums = dict(cache._sums[0])
     page = int(cache.layer(0).table(1)[0])
     assert cache.layer(0).arrays["g"][page].any() and sums[1].any()

@@ -30,6 +30,7 @@ class PagedCache:
         self._num_pages = 0
         self._tables: dict[int, list[int]] = {}
         self._lengths: dict[int, int] = {}
+        self._table_arrays: dict[int, np.ndarray[tuple[int], np.dtype[np.int32]]] = {}
         self.arrays: dict[str, np.ndarray[Any, Any]] = {
             name: np.zeros((0, kv_heads, PAGE, *tail), dtype) for name, (dtype, tail) in fields.items()
         }
@@ -39,8 +40,11 @@ class PagedCache:
         return self._lengths.get(seq_id, 0)
 
     def table(self, seq_id: int) -> np.ndarray[tuple[int], np.dtype[np.int32]]:
-        """Block table: indices of the sequence's pages in order."""
-        return np.array(self._tables.get(seq_id, []), dtype=np.int32)
+        """Block table: indices of the sequence's pages in order. Not to be written to."""
+        kept = self._table_arrays.get(seq_id)
+        if kept is None:
+            kept = self._table_arrays[seq_id] = np.array(self._tables.get(seq_id, []), dtype=np.int32)
+        return kept
 
     @property
     def nbytes(self) -> int:
@@ -52,6 +56,7 @@ class PagedCache:
         length = self._lengths.get(seq_id, 0) + count
         while len(table) * PAGE < length:
             table.append(self._take_page())
+            self._table_arrays.pop(seq_id, None)
         self._lengths[seq_id] = length
 
     def head_table(self, seq_id: int, kv_head: int) -> np.ndarray[tuple[int], np.dtype[np.int32]]:
@@ -69,6 +74,10 @@ class PagedCache:
             array, at = self.arrays[name], 0
             if start + value.shape[0] > self._lengths[seq_id]:
                 raise InternalError("cache write beyond the sequence's length")
+            if value.shape[0] == 1:  # as in decoding, sequence by sequence and layer by layer
+                page, offset = divmod(start, PAGE)
+                array[table[page], heads, offset] = value[0]
+                continue
             while at < value.shape[0]:
                 page, offset = divmod(start + at, PAGE)
                 n = min(PAGE - offset, value.shape[0] - at)
@@ -88,6 +97,7 @@ class PagedCache:
                 a[page] = 0
             self._free.append(page)
         self._lengths.pop(seq_id, None)
+        self._table_arrays.pop(seq_id, None)
 
     def sequences(self) -> list[int]:
         return list(self._tables)
