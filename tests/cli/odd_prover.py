@@ -1,9 +1,13 @@
-"""The built-in prover with another will: `slow` sleeps before each step, `lie AT` changes one claim of the AT-th step."""
+"""The built-in prover with another will.
+
+`slow FILE` sleeps before each step and makes the file at the fifth; `lie AT` changes one claim of the AT-th step.
+"""
 
 from __future__ import annotations
 
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 from veriattn.prover import cpu
@@ -33,6 +37,8 @@ def step(self: Any, batch: Any, check: Any, sink: Any) -> Any:
     steps += 1
     if MODE == "slow":
         time.sleep(0.05)
+        if steps == 5:
+            Path(REST[0]).touch()
     lying = MODE == "lie" and steps == int(REST[0])
     return honest_step(self, batch, check, LyingSink(sink) if lying else sink)
 

@@ -1,7 +1,8 @@
 """A prover that is honest until a file tells it otherwise: faulty_prover.py TRIGGER.
 
 The trigger's content says what to do at the next claim, after which it is removed: `lie`, `die`, `garbage` (a claim of
-the wrong size), `hang`; `lie-always` stays.
+the wrong size), `hang`. Two orders last for as long as they stand: `lie-always`, and `slow`, which makes each claim take
+20 ms at least, so that a test can act in the middle of an answer however fast the machine is.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from veriattn.wire.channel import Channel, inherited_channel
 from veriattn.wire.messages import Kind
 
 TRIGGER = Path(sys.argv[1])
+LASTING = ("lie-always", "slow")
+SLOW_S = 0.02
 
 
 class FaultySink(ChannelSink):
@@ -35,6 +38,8 @@ class FaultySink(ChannelSink):
         if order == "garbage":
             self._channel.send(Kind.CLAIM, values.reshape(-1)[1:])
             return
+        if order == "slow":
+            time.sleep(SLOW_S)
         if order in ("lie", "lie-always"):
             values = values.copy()
             values.reshape(-1)[-1] ^= 1
@@ -45,7 +50,7 @@ class FaultySink(ChannelSink):
             order = TRIGGER.read_text()
         except FileNotFoundError:
             return ""
-        if order and not order.endswith("always"):
+        if order and order not in LASTING:
             TRIGGER.unlink(missing_ok=True)
         return order
 

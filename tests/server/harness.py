@@ -84,6 +84,22 @@ class Running:
         children = [int(p) for t in task.iterdir() for p in (t / "children").read_text().split()]
         return [p for p in children if "faulty_prover" in Path(f"/proc/{p}/cmdline").read_text(errors="replace")]
 
+    def order(self, order: str) -> None:
+        """Tell the prover what to do (see faulty_prover.py); a file appears whole. "" for honesty."""
+        if not order:
+            self.trigger.unlink(missing_ok=True)
+            return
+        new = self.trigger.with_suffix(".new")
+        new.write_text(order)
+        new.replace(self.trigger)
+
+    def wait_metric(self, name: str, value: float, seconds: float = 60) -> None:
+        """Until a metric has reached this value."""
+        end = time.monotonic() + seconds
+        while self.metric(name) < value:
+            assert time.monotonic() < end, f"{name} stayed below {value}"
+            time.sleep(0.005)
+
     def stop(self, seconds: float = 30) -> int:
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)

@@ -61,10 +61,11 @@ def truth(server: Running, tokens: int) -> str:
 @pytest.mark.parametrize("order", ["lie", "garbage"])
 def test_a_caught_prover_ends_the_stream_with_an_error_and_is_replaced(start: Start, order: str) -> None:
     server = start(FAST)
-    full = truth(server, 400)
-    stream = Stream(server, max_tokens=400)
-    stream.started.wait(20)
-    server.trigger.write_text(order)
+    full = truth(server, 100)
+    server.order("slow")
+    stream = Stream(server, max_tokens=100)
+    assert stream.started.wait(30)
+    server.order(order)
     last = stream.result()
     assert last["error"]["type"] == "server_error"
     assert last["error"]["code"] == ("transcript_mismatch" if order == "garbage" else last["error"]["code"])
@@ -75,7 +76,7 @@ def test_a_caught_prover_ends_the_stream_with_an_error_and_is_replaced(start: St
     assert full.startswith(stream.text)  # what left before was the truth
     assert stream.text
     server.wait_ready(seconds=10)
-    assert truth(server, 400) == full
+    assert truth(server, 100) == full
     assert server.metric("veriattn:alarm") == 1
     assert server.metric("veriattn:rejects_total", code=last["error"]["code"]) == 1
     assert server.metric("veriattn:sessions_total") == 2
@@ -84,9 +85,8 @@ def test_a_caught_prover_ends_the_stream_with_an_error_and_is_replaced(start: St
 
 def test_a_failure_before_the_first_token_has_a_status_and_no_receipt(start: Start) -> None:
     server = start(FAST)
-    server.trigger.write_text("lie")
     for stream in (False, True):
-        server.trigger.write_text("lie")
+        server.order("lie")
         response = server.chat(stream=stream)
         assert response.status_code == 502
         assert response.json()["error"]["code"] in ("freivalds_mismatch", "attention_mismatch")
@@ -98,15 +98,17 @@ def test_a_failure_before_the_first_token_has_a_status_and_no_receipt(start: Sta
 @pytest.mark.parametrize("how", ["kill", "die"])
 def test_a_dead_prover_costs_nobody_anything(start: Start, how: str) -> None:
     server = start(FAST)
-    full = truth(server, 300)
-    streams = [Stream(server, max_tokens=300) for _ in range(3)]
+    full = truth(server, 100)
+    server.order("slow")
+    streams = [Stream(server, max_tokens=100) for _ in range(3)]
     for s in streams:
-        s.started.wait(20)
+        assert s.started.wait(30)
     if how == "die":
-        server.trigger.write_text("die")
+        server.order("die")
     else:
         (pid,) = server.prover_pids()
         os.kill(pid, signal.SIGKILL)
+        server.order("")
     for s in streams:
         assert s.result() == "[DONE]"
         assert s.text == full
@@ -116,9 +118,9 @@ def test_a_dead_prover_costs_nobody_anything(start: Start, how: str) -> None:
 
 
 def test_a_silent_prover_is_replaced_after_the_step_timeout(start: Start) -> None:
-    server = start(FAST + "[engine]\nstep_timeout_s = 1\n")
+    server = start(FAST + "[engine]\nstep_timeout_s = 3\n")
     full = truth(server, 20)
-    server.trigger.write_text("hang")
+    server.order("hang")
     assert truth(server, 20) == full
     assert server.metric("veriattn:prover_faults_total", code="prover_timeout") == 1
 
@@ -135,13 +137,13 @@ def test_a_prover_that_ends_while_idle_is_noticed(start: Start) -> None:
 def test_requests_that_were_not_in_the_step_are_finished(start: Start) -> None:
     # One at a time: the second waits while the first meets the lie.
     server = start(FAST + "[engine]\nmax_sequences = 1\n")
-    full = truth(server, 200)
-    first = Stream(server, max_tokens=200)
-    first.started.wait(20)
-    others = [Stream(server, max_tokens=200) for _ in range(2)]
-    while server.metric("vllm:num_requests_waiting") < 2:
-        time.sleep(0.005)
-    server.trigger.write_text("lie")
+    full = truth(server, 100)
+    server.order("slow")
+    first = Stream(server, max_tokens=100)
+    assert first.started.wait(30)
+    others = [Stream(server, max_tokens=100) for _ in range(2)]
+    server.wait_metric("vllm:num_requests_waiting", 2)
+    server.order("lie")
     assert "error" in first.result()
     for s in others:
         assert s.result() == "[DONE]"
@@ -150,7 +152,7 @@ def test_requests_that_were_not_in_the_step_are_finished(start: Start) -> None:
 
 def test_a_prover_that_keeps_lying_makes_the_server_unready_and_an_honest_one_ready_again(start: Start) -> None:
     server = start(FAST.replace("[prover]", "[prover]\nmax_restarts = 2"))
-    server.trigger.write_text("lie-always")
+    server.order("lie-always")
     assert server.chat().status_code == 502
     state = server.wait_for("state", state="failing")
     assert state["level"] == "info"
@@ -160,15 +162,15 @@ def test_a_prover_that_keeps_lying_makes_the_server_unready_and_an_honest_one_re
     assert refused.json()["error"]["code"] == "not_ready"
     assert "retry-after" in refused.headers
     assert server.get("/health").status_code == 200
-    server.trigger.unlink()
+    server.order("")
     server.wait_ready(seconds=10)
     assert server.chat().status_code == 200
 
 
 def test_a_prover_that_lies_from_the_start_never_gets_the_server_ready(start: Start, tmp_path: Any) -> None:
+    (tmp_path / "0").mkdir()
+    (tmp_path / "0" / "trigger").write_text("lie-always")
     server = start(FAST.replace("[prover]", "[prover]\nmax_restarts = 1"), wait=False)
-    server.trigger.write_text("lie-always")
-    # The canary may have been caught before the trigger came; the honest request has not passed with a liar.
     server.wait_for("state", state="failing", seconds=60)
     assert server.get("/ready").status_code == 503
 
@@ -188,13 +190,13 @@ def test_faults_under_load_lose_and_mix_up_nothing(start: Start) -> None:
         running = {i: pool.submit(ask, i) for i in range(16)}
         for order in ("die", "lie", "die", "lie"):
             time.sleep(0.25)
-            server.trigger.write_text(order)
+            server.order(order)
         answers = {i: f.result() for i, f in running.items()}
     for i, (status, text) in answers.items():
         assert status in (200, 502)
         assert text == ("" if status == 502 else alone[i][1])
     assert sum(status == 200 for status, _ in answers.values()) >= 16 - 2 * 4
-    server.trigger.unlink(missing_ok=True)
+    server.order("")
     server.wait_ready(seconds=10)
     assert ask(3) == alone[3]
 

@@ -9,7 +9,6 @@ import ssl
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +52,10 @@ def test_keys_quotas_rotation_and_whose_receipt_it_is(start: Start, tmp_path: Pa
         assert server.get(receipt, headers=other).status_code == (404 if other else 401)
     assert server.get("/v1/aci/receipts/" + answer.json()["id"], headers=bearer(bob)).status_code == 404
 
-    assert [server.chat(headers=bearer(bob)).status_code for _ in range(3)] == [200, 200, 429]
+    # A machine so slow that a request is earned back in between gets a few more.
+    statuses = [server.chat(headers=bearer(bob)).status_code for _ in range(6)]
+    assert statuses[:2] == [200, 200]
+    assert 429 in statuses
     refused = server.chat(headers=bearer(bob))
     assert refused.json()["error"]["code"] == "rate_limit_exceeded"
     assert 1 <= int(refused.headers["retry-after"]) <= 60
@@ -65,7 +67,7 @@ def test_keys_quotas_rotation_and_whose_receipt_it_is(start: Start, tmp_path: Pa
     assert server.get(receipt, headers=bearer(next_key)).status_code == 200  # the same caller, with a new key
     keys.write_text("[[key]]\nid = 3\n")
     server.process.send_signal(signal.SIGHUP)
-    time.sleep(0.3)
+    assert server.wait_for(f"{keys}, key 0: id must be a name other than 'anonymous'")["level"] == "error"
     assert server.chat(headers=bearer(next_key)).status_code == 200  # a broken file changes nothing
     log = "\n".join(server.raw)
     assert not any(k in log for k in (alice, bob, late, next_key))
@@ -83,62 +85,67 @@ def test_a_daily_quota_of_tokens(start: Start, tmp_path: Path) -> None:
 
 def test_a_full_queue_says_when_to_come_back(start: Start) -> None:
     server = start("[limits]\nqueue_length = 1\n[engine]\nmax_sequences = 1\n")
-    body = chat_body(max_tokens=900, ignore_eos=True)
+    server.order("slow")
+    body = chat_body(max_tokens=200, ignore_eos=True)
     threads = [
         threading.Thread(target=lambda: httpx.post(server.url + "/v1/chat/completions", json=body, timeout=120))
         for _ in range(2)
     ]
     threads[0].start()
-    while not server.metric("vllm:num_requests_running"):
-        time.sleep(0.005)
+    server.wait_metric("vllm:num_requests_running", 1)
     threads[1].start()
-    while not server.metric("vllm:num_requests_waiting"):
-        time.sleep(0.005)
+    server.wait_metric("vllm:num_requests_waiting", 1)
     refused = server.chat()
     assert refused.status_code == 429
     assert refused.json()["error"]["code"] == "queue_full"
     assert int(refused.headers["retry-after"]) >= 1
+    server.order("")
     for t in threads:
         t.join()
     assert server.chat().status_code == 200
 
 
 def test_what_never_fits_is_413_and_slow_is_504(start: Start) -> None:
-    server = start("[limits]\ntokens_in_flight = 100\nrequest_timeout_s = 0.05\nqueue_timeout_s = 0.05\n")
+    server = start("[limits]\ntokens_in_flight = 100\nrequest_timeout_s = 2\n")
     large = server.chat(max_tokens=200)
     assert large.status_code == 413
     assert large.json()["error"]["code"] == "request_too_large"
-    slow = server.chat(max_tokens=60, ignore_eos=True)
+    server.order("slow")  # 50 tokens of nine claims each: nine seconds at least
+    slow = server.chat(max_tokens=50, ignore_eos=True)
     assert slow.status_code == 504
     assert slow.json()["error"]["code"] == "request_timeout"
-    streamed = server.chat(max_tokens=60, ignore_eos=True, stream=True)
+    streamed = server.chat(max_tokens=50, ignore_eos=True, stream=True)
     assert "[DONE]" not in streamed.text
+    assert "request_timeout" in streamed.text
 
 
 def test_sigterm_finishes_what_has_begun(start: Start) -> None:
     server = start()
-    body = chat_body(max_tokens=400, ignore_eos=True, stream=True)
+    server.order("slow")
+    body = chat_body(max_tokens=100, ignore_eos=True, stream=True)
     with httpx.stream("POST", server.url + "/v1/chat/completions", json=body, timeout=60) as response:
         lines = response.iter_lines()
         next(lines)
         server.process.send_signal(signal.SIGTERM)
         server.wait_for("draining")
+        server.order("")
         rest = list(lines)
-    assert rest[-2:] == ["data: [DONE]", ""] or "data: [DONE]" in rest[-2:]
+    assert "data: [DONE]" in rest[-2:]
+    assert sum(line.startswith("data: {") for line in rest) > 20  # most of it came after the signal
     assert server.process.wait(20) == 0
     assert not any("Traceback" in line for line in server.raw)
 
 
 def test_a_drain_that_takes_too_long_ends_with_an_error_event(start: Start) -> None:
     server = start("[limits]\ndrain_timeout_s = 0.2\n[engine]\nmax_sequences = 2\n")
+    server.order("slow")  # three minutes, if it were let
     body = chat_body(max_tokens=980, ignore_eos=True, stream=True)
     with httpx.stream("POST", server.url + "/v1/chat/completions", json=body, timeout=60) as response:
         lines = response.iter_lines()
         next(lines)
         server.process.send_signal(signal.SIGTERM)
         rest = [line for line in lines if line]
-    if rest[-1] != "data: [DONE]":  # a fast machine may finish within the time
-        assert json.loads(rest[-1][6:])["error"]["type"] == "server_error"
+    assert json.loads(rest[-1][6:])["error"]["type"] == "server_error"
     assert server.process.wait(20) == 0
 
 
