@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 
 import click
 
+from veriattn.cli.floatmode import check_options, generate_float
 from veriattn.cli.output import (
     UNVERIFIED_MARK,
     Progress,
@@ -107,6 +108,9 @@ _MAX_PROMPTS_BYTES = 256 << 20
 )
 @click.option("--receipt", "receipt_file", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE",
               help="Write a signed receipt, to be checked or replayed (`veriattn receipt`).")  # fmt: skip
+@click.option("--numerics", type=click.Choice(["exact", "float"]), default="exact", show_default=True,
+              help="float: the paper's system on the float checkpoint, checked within a tolerance (docs/paper-mode.md).")  # fmt: skip
+@check_options
 @threads_option
 @json_option
 def generate(model: str, prompt: str | None, prompts_file: Path | None, as_json: bool, **options: Any) -> int:
@@ -124,6 +128,8 @@ def generate(model: str, prompt: str | None, prompts_file: Path | None, as_json:
     prompts = _prompts(prompt, prompts_file, raw=options["raw"])
     if options["receipt_file"] is not None and prompts_file is not None:
         raise UsageError("--receipt is for one prompt", hint="leave --prompts-file out")
+    if options["numerics"] == "float":
+        return generate_float(model, prompts, options, single=prompts_file is None, as_json=as_json)
     path = resolve_model(model)
     params = SamplingParams(
         temperature=options["temperature"],

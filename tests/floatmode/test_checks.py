@@ -1,0 +1,102 @@
+"""GVFAVeriMM, LPVeriExp and the formats: residuals of honest and of wrong claims."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from veriattn.errors import UsageError
+from veriattn.floatmode.checks import (
+    Buckets,
+    coefficients,
+    gaussian,
+    generator,
+    gvfa_residual,
+    lemma1_bound,
+    lemma2_bound,
+    log_product,
+    lp_residuals,
+    lp_worst,
+)
+from veriattn.floatmode.formats import decode, encode, rounded
+from veriattn.floatmode.params import CheckParams
+
+
+@pytest.mark.parametrize(("n", "columns", "n_a"), [(1, 1, 1), (1, 3, 16), (7, 2, 300), (1000, 5, 16), (3000, 2, 1)])
+def test_log_product_is_the_weighted_sum_of_logarithms(n: int, columns: int, n_a: int) -> None:
+    rng = generator(1)
+    y = np.exp(-60 * rng.random((n, columns), np.float32))
+    a = coefficients(rng, n, CheckParams(n_a=n_a))[0]
+    expected = a @ np.log(y.astype(np.float64))
+    # Mantissas are multiplied in float32: at most one rounding per factor, weighted by its coefficient.
+    assert np.all(np.abs(log_product(y, Buckets.of(a)) - expected) <= (n + 2) * n_a * 2.0**-23)
+
+
+def test_log_product_of_powers_of_two_is_exact_to_the_last_logarithm() -> None:
+    y = np.float32(2.0) ** -np.arange(1, 101, dtype=np.float32)[:, None]
+    a = np.full(100, 3)
+    assert log_product(y, Buckets.of(a))[0] == pytest.approx(-3 * 5050 * math.log(2), rel=1e-15)
+
+
+@pytest.mark.parametrize("bad", [0.0, -0.0, -1.0, np.nan, np.inf, -np.inf, 1e-40])
+def test_values_that_no_exponential_gives_are_rejected(bad: float) -> None:
+    y = np.full((9, 3), 0.5, np.float32)
+    a = Buckets.of(np.arange(1, 10))
+    expected = np.full(3, 45 * math.log(0.5))
+    assert np.isfinite(lp_residuals(y, a, expected)).all()
+    y[4, 1] = bad
+    residuals = lp_residuals(y, a, expected)
+    assert np.isinf(residuals[1])
+    assert np.isfinite(residuals[[0, 2]]).all()
+    assert lp_worst(residuals, generator(0), 1) == math.inf
+
+
+def test_one_wrong_product_leaves_a_residual() -> None:
+    rng = generator(2)
+    a, b = rng.standard_normal((5, 20), np.float32), rng.standard_normal((20, 8), np.float32)
+    w = gaussian(rng, 8, 2)
+    c = a @ b
+    assert gvfa_residual(c, w, a @ (b @ w)) < 1e-4
+    c[3, 2] += 1.0
+    assert gvfa_residual(c, w, a @ (b @ w)) > 1e-2
+    c[3, 2] = np.nan
+    assert gvfa_residual(c, w, a @ (b @ w)) == math.inf
+
+
+def test_bounds_of_the_lemmas() -> None:
+    assert lemma1_bound(1.0, 1.0, 1) == pytest.approx(0.6826894921)
+    assert lemma1_bound(1.0, 1.0, 3) == pytest.approx(0.6826894921**3)
+    assert lemma1_bound(1.0, 0.0, 3) == 1.0
+    params = CheckParams(n_a=16, tau_a=2, tau_g=1)
+    assert lemma2_bound(0.0, 1.0, 2, params) == pytest.approx(1 / 256)
+    assert lemma2_bound(0.0, 1.0, 1, params) == 0.0
+
+
+def test_measured_false_accepts_stay_under_the_first_lemma() -> None:
+    rng = generator(3)
+    error = np.zeros(64, np.float32)
+    error[:4] = 0.5  # norm 1
+    w = rng.standard_normal((20_000, 64, 2), np.float32)
+    accepted = float(np.mean(np.abs(error @ w.transpose(1, 0, 2).reshape(64, -1)).reshape(-1, 2).max(axis=1) <= 0.5))
+    bound = lemma1_bound(0.5, 1.0, 2)
+    assert abs(accepted - bound) < 4 * math.sqrt(bound / 20_000)
+
+
+def test_formats_round_to_nearest_even() -> None:
+    x = np.array([1 + 2.0**-8, 1 + 3 * 2.0**-8, -1e-45, np.inf, 65520.0], np.float32)
+    assert rounded(x, "bfloat16").tolist() == [1.0, 1 + 2.0**-6, -0.0, np.inf, 65536.0]
+    assert rounded(x, "float16").tolist() == [float(x[0]), float(x[1]), -0.0, np.inf, np.inf]
+    assert rounded(x, "float32").tolist() == x.tolist()
+    assert np.isnan(decode(encode(np.array([-np.nan], np.float32), "bfloat16"), "bfloat16")).all()
+
+
+@pytest.mark.parametrize("change", [{"n_a": 0}, {"tau_g": 0}, {"factor": 0.5}, {"challenges": "never"}])
+def test_parameters_have_ranges(change: dict[str, object]) -> None:
+    with pytest.raises(UsageError):
+        CheckParams(**change)  # type: ignore[arg-type]
+
+
+def test_challenges_come_from_the_system() -> None:
+    assert not np.array_equal(generator().integers(0, 1 << 30, 8), generator().integers(0, 1 << 30, 8))
