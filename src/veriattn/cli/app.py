@@ -11,7 +11,7 @@ import click
 
 import veriattn
 from veriattn.cli.doctor import doctor
-from veriattn.cli.floatmode import calibrate, paper
+from veriattn.cli.floatmode import calibrate
 from veriattn.cli.generate import generate
 from veriattn.cli.models import convert, evaluate, pull
 from veriattn.cli.output import error_json, print_error, print_json
@@ -38,7 +38,7 @@ def app() -> None:
     """
 
 
-for command in (pull, convert, generate, evaluate, redteam, serve, api_key, receipt, doctor, calibrate, paper):
+for command in (pull, convert, generate, evaluate, redteam, serve, api_key, receipt, doctor, calibrate):
     app.add_command(command)
 
 

@@ -1,4 +1,4 @@
-"""`calibrate` and `paper`, and what `generate` does with `--numerics float`: the paper's system in floating point."""
+"""`calibrate`, and what `generate` does with `--numerics float`: the paper's system in floating point."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-import numpy as np
 
 from veriattn.cli.output import Progress, TextStream, error_json, json_option, note, print_error, print_json
 from veriattn.convert.sources import open_source
@@ -130,7 +129,11 @@ def calibrate(model: str, strategy: str, text: Path | None, as_json: bool, **opt
     progress = Progress()
     try:
         result = calibrate_and_save(
-            FloatModel(source), config, prompts, options["max_tokens"], lambda done, total: progress("runs", done, total)
+            FloatModel(source),
+            config,
+            prompts,
+            options["max_tokens"],
+            lambda done, total: progress("runs", done, total),
         )
     finally:
         progress.close()
@@ -193,29 +196,3 @@ def generate_float(model: str, prompts: list[str], options: dict[str, Any], *, s
     if as_json:
         print_json({**data, "model": {"name": model, "path": str(source.path), "digest": source.digest()}})
     return 0 if failed is None else failed.exit_code
-
-
-@click.command()
-@click.argument("what", type=click.Choice(["table1", "table2", "lemmas", "ranges", "attacks", "decode"]))
-@click.option("-m", "--model", metavar="SRC", help="A float checkpoint or a pulled name (table2, attacks).")
-@click.option("--out", type=click.Path(path_type=Path, file_okay=False), default=Path("paper-results"),
-              show_default=True, help="Where JSON and plot go.")  # fmt: skip
-@click.option("--trials", type=click.IntRange(1), default=1000, show_default=True, help="Of each kind.")
-@json_option
-def paper(what: str, model: str | None, out: Path, trials: int, as_json: bool) -> None:
-    """Reproduce a table or lemma of the paper on this machine, or run the adaptive attacks on its tolerances.
-
-    \b
-    Example:
-      veriattn paper table1 --trials 1000
-      veriattn paper table2 -m smollm2
-    """
-    from veriattn.floatmode.reproduce import run  # noqa: PLC0415
-
-    np.seterr(over="ignore")
-    result = run(what, None if model is None else find_source(model), out, trials)
-    if as_json:
-        print_json(result)
-    else:
-        click.echo(json.dumps(result, indent=1))
-    note(NOTICE)

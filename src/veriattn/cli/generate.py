@@ -109,7 +109,7 @@ _MAX_PROMPTS_BYTES = 256 << 20
 @click.option("--receipt", "receipt_file", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE",
               help="Write a signed receipt, to be checked or replayed (`veriattn receipt`).")  # fmt: skip
 @click.option("--numerics", type=click.Choice(["exact", "float"]), default="exact", show_default=True,
-              help="float: the paper's system on the float checkpoint, checked within a tolerance (docs/paper-mode.md).")  # fmt: skip
+              help="float: the paper's system, checked within a tolerance (docs/paper-mode.md).")  # fmt: skip
 @check_options
 @threads_option
 @json_option

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import secrets
 from dataclasses import dataclass
@@ -66,7 +67,7 @@ class Buckets:
         ranked = a[order]
         change = np.flatnonzero(np.diff(ranked)) + 1
         edges = np.concatenate([[0], change, [a.size]])
-        starts = np.concatenate([np.arange(lo, hi, _MAX_BUCKET) for lo, hi in zip(edges[:-1], edges[1:], strict=True)])
+        starts = np.concatenate([np.arange(lo, hi, _MAX_BUCKET) for lo, hi in itertools.pairwise(edges)])
         return cls(a, order, starts, ranked[starts])
 
 

@@ -30,7 +30,7 @@ from veriattn.floatmode.params import GUARANTEE, NOTICE, CheckParams, Format, To
 from veriattn.floatmode.requests import DEVICE_BYTES, LINEARS, Hello, Shift
 from veriattn.floatmode.trusted import Counts, Judge, LinearSecrets, Outsourced, Setting, bounded
 from veriattn.home import state_directory
-from veriattn.verifier.isolation import ProverProcess, spawn_prover
+from veriattn.verifier.isolation import ProverProcess, harden_self, spawn_prover
 from veriattn.verifier.tiling import Tiling
 
 Strategy = Literal["full-tee", "tsdp", "veriattn"]
@@ -182,6 +182,7 @@ class FloatSession:
         if config.strategy == "full-tee":
             self.ops: ModelOps = LocalOps(model.source, model.kept)
             return
+        harden_self()
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         path = Path(model.source.path)
         command = config.prover_command or (sys.executable, "-m", "veriattn.floatmode.prover")
@@ -221,7 +222,9 @@ class FloatSession:
             drawn = LinearSecrets.draw(rng, model.weight(*place), count * sets)
             for i, out in enumerate(all_sets):
                 part = slice(i * count, (i + 1) * count)
-                out[place] = LinearSecrets(np.ascontiguousarray(drawn.w[:, part]), np.ascontiguousarray(drawn.u[:, part]))
+                out[place] = LinearSecrets(
+                    np.ascontiguousarray(drawn.w[:, part]), np.ascontiguousarray(drawn.u[:, part])
+                )
         return all_sets
 
     def next_secrets(self) -> None:

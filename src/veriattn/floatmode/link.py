@@ -82,17 +82,17 @@ class FloatLink:
         try:
             if raw != _GREETING or len(fds) != 1:
                 raise BadRequest("the greeting is not one of the floating-point protocol")
-            return cls(
-                RingTransport(fds[0], read_geometry(fds[0]), ControlLink(sock), Role.PROVER), Role.PROVER, None
-            )
+            return cls(RingTransport(fds[0], read_geometry(fds[0]), ControlLink(sock), Role.PROVER), Role.PROVER, None)
         finally:
             for fd in fds:
                 os.close(fd)
 
     def send(self, kind: Frame, *payload: bytes | bytearray | Array) -> None:
         """One frame; the parts are written one after the other."""
-        arrays = (np.frombuffer(p, np.uint8) if isinstance(p, bytes | bytearray) else np.ascontiguousarray(p) for p in payload)
-        views = [memoryview(array.reshape(-1).view(np.uint8)) for array in arrays if array.nbytes]
+        arrays = (
+            np.frombuffer(p, np.uint8) if isinstance(p, bytes | bytearray) else np.ascontiguousarray(p) for p in payload
+        )
+        views = [array.reshape(-1).view(np.uint8).data for array in arrays if array.nbytes]
         size = sum(v.nbytes for v in views)
         header = memoryview(_HEADER.pack(_MAGIC, kind, self._sent, size))
         self._transport.write_message([header, *views], self._deadline())
@@ -104,9 +104,11 @@ class FloatLink:
         out = np.empty(shape, dtype)
         got, size = self._header()
         if got != kind or size != out.nbytes:
-            raise TranscriptMismatch(f"frame {self._received - 1} of the prover is no {kind.name} of {out.nbytes} bytes")
+            raise TranscriptMismatch(
+                f"frame {self._received - 1} of the prover is no {kind.name} of {out.nbytes} bytes"
+            )
         if out.nbytes:
-            self._transport.read_into(memoryview(out).cast("B"), self._deadline())
+            self._transport.read_into(out.data.cast("B"), self._deadline())
         self._transport.end_message()
         self.bytes_received += _HEADER.size + out.nbytes
         return out

@@ -14,14 +14,8 @@ from veriattn.errors import VeriattnError
 from veriattn.floatmode.arithmetic import Arithmetic, Tensor, open_arithmetic
 from veriattn.floatmode.formats import Array
 from veriattn.floatmode.link import FloatLink, Frame
-from veriattn.floatmode.requests import DEVICE_BYTES, LINEARS, Attend, Hello, Linear, Values
+from veriattn.floatmode.requests import DEVICE_BYTES, LINEARS, Attend, Hello, Linear, Values, tile_mask
 from veriattn.wire.messages import BadRequest, VerifierGone
-
-
-def tile_mask(start: int, first: int, stop: int, keys: int, group: int) -> Array:
-    """Which of `keys` keys the rows of tokens [first, stop) see, (keys, rows * group); positions from `start` on."""
-    seen = np.arange(keys)[:, None] <= start + np.arange(first, stop)[None, :]
-    return np.asarray(np.repeat(seen, group, axis=1))
 
 
 class FloatProver:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import numpy as np
 
 from veriattn.convert.checkpoint import F32, SourceConfig
+from veriattn.floatmode.formats import Array
 from veriattn.floatmode.params import FORMATS, Format
 from veriattn.wire.messages import BadRequest
 
@@ -125,3 +126,9 @@ class Values:
         layer, tokens = _VALUES.unpack_from(payload)
         p = np.frombuffer(payload, np.float32, offset=_VALUES.size).reshape(kv, -1, tokens * group)
         return cls(layer, tokens, p)
+
+
+def tile_mask(start: int, first: int, stop: int, keys: int, group: int) -> Array:
+    """Which of `keys` keys the rows of tokens [first, stop) see, (keys, rows * group); positions from `start` on."""
+    seen = np.arange(keys)[:, None] <= start + np.arange(first, stop)[None, :]
+    return np.asarray(np.repeat(seen, group, axis=1))

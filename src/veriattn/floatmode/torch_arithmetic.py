@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import torch
 
+import torch
 from veriattn.floatmode.formats import Array
 from veriattn.floatmode.params import Format
 

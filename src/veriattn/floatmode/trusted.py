@@ -26,8 +26,7 @@ from veriattn.floatmode.checks import (
 from veriattn.floatmode.formats import WIRE, decode
 from veriattn.floatmode.link import FloatLink, Frame
 from veriattn.floatmode.params import CheckParams, Format
-from veriattn.floatmode.prover import tile_mask
-from veriattn.floatmode.requests import Attend, Linear, Shift, Values
+from veriattn.floatmode.requests import Attend, Linear, Shift, Values, tile_mask
 from veriattn.verifier.tiling import Tiling
 
 HINT = "the prover is faulty or lying, or its rounding is larger than at calibration; nothing of this step was released"
@@ -202,7 +201,9 @@ class Outsourced:
         with self.counts.checking():
             residual = gvfa_residual(y, secrets.w, x @ secrets.u)
         if not self.judge(f"{self.layer}.{name}", residual):
-            raise FreivaldsMismatch(f"layers.{self.layer}.{name}: the claim is off by more than its tolerance", hint=HINT)
+            raise FreivaldsMismatch(
+                f"layers.{self.layer}.{name}: the claim is off by more than its tolerance", hint=HINT
+            )
         self.counts.linear_rows += x.shape[0]
         return y
 
@@ -248,7 +249,9 @@ class Outsourced:
             limit = self.setting.config.max_positions
             a = coefficients(self.rng, limit, params)
             w = gaussian(self.rng, k.shape[1], params.repetitions)
-            run = _Running(a, w, np.zeros((params.tau_a, k.shape[1])), np.empty((limit, params.repetitions), np.float32))
+            run = _Running(
+                a, w, np.zeros((params.tau_a, k.shape[1])), np.empty((limit, params.repetitions), np.float32)
+            )
             self._running[layer, head] = run
         if run.length < n:
             run.sums += run.a[:, run.length : n] @ k[run.length :].astype(np.float64)
@@ -432,12 +435,14 @@ class _OwnShare:
     def sums_and_outputs(self) -> Part:
         kv, rows, d = self.q.shape
         if self.keys.shape[1] == 0:
-            return Part(np.full((kv, rows), -np.inf, np.float32), np.zeros((kv, rows), np.float32), np.zeros_like(self.q))
+            return Part(
+                np.full((kv, rows), -np.inf, np.float32), np.zeros((kv, rows), np.float32), np.zeros_like(self.q)
+            )
         s = (self.q * np.float32(d**-0.5)) @ self.keys.swapaxes(1, 2)
         top = s.max(axis=2)
         s -= top[:, :, None]
         np.exp(s, out=s)
-        return Part(top, s.sum(axis=2), s @ self.values)
+        return Part(top, np.asarray(s.sum(axis=2), np.float32), np.asarray(s @ self.values, np.float32))
 
 
 def merge(a: Part, b: Part) -> F32:
