@@ -166,7 +166,7 @@ def patched(offset: int, fmt: str, value: int) -> bytes:
         patched(36, "<I", 0),  # empty entry
         patched(36, "<I", 3),  # sum differs
         patched(40, "<I", 3),  # logits
-        patched(44, "<I", 1),  # padding
+        patched(44, "<I", 5),  # a run on both sides of its limit
         patched(48, "<Q", 7),  # same sequence twice
         patched(72, "<i", -1),
         patched(72, "<i", 500),
