@@ -16,7 +16,7 @@ from veriattn.redteam.attack import Attack
 from veriattn.verifier.isolation import Isolation, ProverProcess, spawn_prover
 from veriattn.verifier.model import VerifierModel
 from veriattn.verifier.session import Launcher
-from veriattn.wire.channel import Channel, RingChannel
+from veriattn.wire.channel import Channel, RingChannel, StreamChannel
 from veriattn.wire.messages import printable
 from veriattn.wire.ring import RingGeometry
 
@@ -34,20 +34,34 @@ def parse_reports(text: str) -> list[dict[str, Any]]:
     return reports
 
 
+def tcp_pair() -> tuple[socket.socket, socket.socket]:
+    """Two ends of a TCP connection on this machine."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        ours = socket.create_connection(server.getsockname())
+        return ours, server.accept()[0]
+
+
 class ForkedProver:
     """A lying prover made by the zygote, as a session sees it."""
 
     def __init__(
-        self, pool: LiarPool, attack: Attack, geometry: RingGeometry, timeout_s: float, isolation: Isolation | None
+        self,
+        pool: LiarPool,
+        attack: Attack,
+        geometry: RingGeometry | None,
+        timeout_s: float,
+        isolation: Isolation | None,
     ) -> None:
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM) if geometry else tcp_pair()
         self._pool = pool
         self._output = b""
         self.isolation = isolation
         self._report, write = os.pipe()
         try:
             self.pid: int | None = pool.fork(attack, theirs.fileno(), write)
-            self.channel: Channel = RingChannel.offer(ours, geometry, timeout_s)
+            self.channel: Channel = (
+                RingChannel.offer(ours, geometry, timeout_s) if geometry else StreamChannel.offer(ours, timeout_s)
+            )
         except VeriattnError:
             ours.close()
             os.close(self._report)
@@ -134,8 +148,8 @@ class LiarPool:
         self._control.send(f"kill {pid}".encode())
         self._answer()
 
-    def launcher(self, attack: Attack, geometry: RingGeometry = GEOMETRY, timeout_s: float = 60.0) -> Launcher:
-        """A `Launcher` for one session; the prover is `last` afterwards."""
+    def launcher(self, attack: Attack, geometry: RingGeometry | None = GEOMETRY, timeout_s: float = 60.0) -> Launcher:
+        """A `Launcher` for one session; the prover is `last` afterwards. geometry: None for a link over TCP."""
 
         def launch(_: VerifierModel) -> ForkedProver:
             self.last = ForkedProver(self, attack, geometry, timeout_s, self._process.isolation)

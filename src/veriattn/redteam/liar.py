@@ -51,6 +51,7 @@ from veriattn.wire.messages import (
     encode_error,
     encode_ready,
 )
+from veriattn.wire.ring import RingTransport
 
 _FROM_PROVER, _TO_PROVER = 512, 256  # blocks of counters in the shared segment (docs/wire.md)
 _HEAD, _TAIL, _READER_WAITS, _WRITER_WAITS = 0, 64, 128, 192
@@ -218,7 +219,7 @@ class LyingChannel:
         self._raw(payload, 0, kind=int(kind), payload_bytes=2**64 - 1)
 
     def half(self, kind: Kind, payload: tuple[Buffer, ...]) -> None:
-        """All but the last slot of a message, then silence."""
+        """All but the last slot (on a stream, the last byte) of a message, then silence."""
         self._all_but_the_end(kind, payload)
         time.sleep(FOREVER_S)
 
@@ -249,7 +250,7 @@ class LyingChannel:
 
     def hangup(self, kind: Kind, payload: tuple[Buffer, ...]) -> None:
         self._applied()
-        self._transport._control._sock.shutdown(socket.SHUT_RDWR)
+        self._transport.abort()
         time.sleep(FOREVER_S)
 
     def error(self, kind: Kind, payload: tuple[Buffer, ...]) -> None:
@@ -285,7 +286,8 @@ class LyingChannel:
     # -- the shared segment ------------------------------------------------------------------------------------
 
     def _slot_bytes(self) -> int:
-        return int(self._transport._producer._slot)
+        """How much goes out by itself: a slot of a ring; on a stream any number of bytes."""
+        return int(self._transport._producer._slot) if isinstance(self._transport, RingTransport) else 1
 
     def _until_taken(self) -> None:
         words = self._transport._words

@@ -80,7 +80,7 @@ def run_trial(
     check: AttentionCheck,
     timeout_s: float = 60.0,
     flow: Flow = Flow.RUN_AHEAD,
-    geometry: RingGeometry = GEOMETRY,
+    geometry: RingGeometry | None = GEOMETRY,
     limit: int | None = None,
 ) -> Outcome:
     """Run the script until it ends or the session does. Problems: wrong logits, or a session that lives after an error."""
