@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,15 +20,17 @@ from veriattn.floatmode.trusted import Part, merge
 from veriattn.verifier.tiling import Tiling
 
 TOKENS = 6
+# A calibration this short leaves tails; what is tested here is that honest claims pass and gross lies do not.
+WIDE = CheckParams(factor=32.0)
 CONFIGS = {
-    "tsdp": FloatConfig("tsdp"),
-    "veriattn": FloatConfig("veriattn"),
-    "sequence": FloatConfig("veriattn", params=CheckParams(challenges="sequence")),
-    "one-piece": FloatConfig("veriattn", tiling=Tiling(1, 1, pipeline=False)),
-    "split": FloatConfig("veriattn", kv_tokens=9, offload_ratio=0.5),
-    "all-here": FloatConfig("veriattn", kv_tokens=0, offload_ratio=0.0),
-    "all-streamed": FloatConfig("veriattn", kv_tokens=0),
-    "tsdp-streamed": FloatConfig("tsdp", kv_tokens=5),
+    "tsdp": FloatConfig("tsdp", params=WIDE),
+    "veriattn": FloatConfig("veriattn", params=WIDE),
+    "sequence": FloatConfig("veriattn", params=replace(WIDE, challenges="sequence")),
+    "one-piece": FloatConfig("veriattn", params=WIDE, tiling=Tiling(1, 1, pipeline=False)),
+    "split": FloatConfig("veriattn", params=WIDE, kv_tokens=9, offload_ratio=0.5),
+    "all-here": FloatConfig("veriattn", params=WIDE, kv_tokens=0, offload_ratio=0.0),
+    "all-streamed": FloatConfig("veriattn", params=WIDE, kv_tokens=0),
+    "tsdp-streamed": FloatConfig("tsdp", params=WIDE, kv_tokens=5),
 }
 LIAR = Path(__file__).with_name("lying_prover.py")
 
@@ -64,11 +67,11 @@ def test_float32_gives_the_tokens_of_the_reference(
 
 @pytest.mark.parametrize("fmt", ["bfloat16", "float16"])
 def test_half_formats_run(fmt: str, model: FloatModel, prompts: list[list[int]]) -> None:
-    config = FloatConfig(format=fmt)  # type: ignore[arg-type]
+    config = FloatConfig(format=fmt, params=WIDE)  # type: ignore[arg-type]
     found = calibrate(model, config, prompts, 2)
     with open_checked(model, config, found) as session:
         assert len(list(session.generate(prompts[0], 2))) == 2
-    wide = calibrate(model, FloatConfig(), prompts[:1], 1)
+    wide = calibrate(model, FloatConfig(params=WIDE), prompts[:1], 1)
     assert found.get("0.q") > 10 * wide.get("0.q")
 
 
@@ -93,7 +96,7 @@ def test_a_gross_lie_is_rejected_and_ends_the_session(
     tolerances: dict[str, Tolerances],
 ) -> None:
     command = (sys.executable, str(LIAR), lie)
-    config = FloatConfig(strategy, prover_command=command)  # type: ignore[arg-type]
+    config = FloatConfig(strategy, params=WIDE, prover_command=command)  # type: ignore[arg-type]
     with open_checked(model, config, tolerances[strategy]) as session:
         with pytest.raises(error):
             list(session.generate(prompts[1], 2))
@@ -103,7 +106,7 @@ def test_a_gross_lie_is_rejected_and_ends_the_session(
 def test_an_honest_twin_of_the_liar_passes(
     model: FloatModel, prompts: list[list[int]], expected: list[list[int]], tolerances: dict[str, Tolerances]
 ) -> None:
-    config = FloatConfig(prover_command=(sys.executable, str(LIAR), "none"))
+    config = FloatConfig(params=WIDE, prover_command=(sys.executable, str(LIAR), "none"))
     with open_checked(model, config, tolerances["veriattn"]) as session:
         assert list(session.generate(prompts[1], 2)) == expected[1][:2]
 

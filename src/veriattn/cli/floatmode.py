@@ -100,7 +100,8 @@ def _codec(source: Any) -> TextCodec:
 
 @click.command()
 @click.option("-m", "--model", required=True, metavar="SRC", help="A float checkpoint, or a pulled name.")
-@click.option("--strategy", type=click.Choice(["veriattn", "tsdp"]), default="veriattn", show_default=True)
+@click.option("--strategy", type=click.Choice(["veriattn", "tsdp"]), default="veriattn", show_default=True,
+              help="Of which checks the tolerances are.")  # fmt: skip
 @click.option("--text", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE",
               help="Text to take prompts from.  [default: one that ships]")  # fmt: skip
 @click.option("--prompt-tokens", type=click.IntRange(1), default=128, show_default=True, help="Tokens of a prompt.")
