@@ -7,6 +7,8 @@ position where something went wrong; they never contain secrets (challenges, key
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 EXIT_OK = 0
 EXIT_INTERNAL = 1
 EXIT_USAGE = 2
@@ -88,10 +90,26 @@ class MalformedMessage(ProverFault):
 
 
 class VerificationError(ProverFault):
-    """A claim of the prover is wrong. Nothing that depends on it is released."""
+    """A claim of the prover is wrong. Nothing that depends on it is released.
+
+    rows: wrong rows of a linear's claim, `operation` its name. sequences: ids of sequences whose claims are wrong. Both only
+    as far as they are known: a check stops at the first claim that is wrong, so others of the step may be wrong too.
+    """
 
     code = "verification"
     exit_code = EXIT_VERIFICATION
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        hint: str | None = None,
+        operation: str = "",
+        rows: Collection[int] = (),
+        sequences: Collection[int] = (),
+    ) -> None:
+        super().__init__(message, hint=hint)
+        self.operation, self.rows, self.sequences = operation, tuple(rows), frozenset(sequences)
 
 
 class FreivaldsMismatch(VerificationError):

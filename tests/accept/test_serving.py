@@ -252,7 +252,8 @@ def test_faults_at_random_moments_under_load(smollm2: Path, tmp_path: Path) -> N
         f"\nfaults: {FAULTS}; {len(ended)} answers complete, {len(answers) - len(ended)} ended with an error; "
         f"ready again after {statistics.median(recoveries):.1f} s (median), {max(recoveries):.1f} s (most)"
     )
-    assert len(ended) >= len(answers) // 2
+    # A lie is about one request of the step; the others are computed again and finish.
+    assert len(answers) - len(ended) <= FAULTS // 2
     assert server.stop() == 0
 
 

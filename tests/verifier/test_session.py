@@ -22,6 +22,7 @@ from veriattn.errors import (
     ProverUnavailable,
     UsageError,
     VeriattnError,
+    VerificationError,
 )
 from veriattn.redteam.attack import Attack
 from veriattn.redteam.launcher import LiarPool
@@ -281,6 +282,30 @@ def test_sequences_of_a_step_that_failed_are_not_counted(model: VerifierModel, p
     with pytest.raises(FreivaldsMismatch):
         session.run(STEP)
     assert (session.length(0), session.stats.steps) == (0, 0)
+
+
+@pytest.mark.parametrize("flow", [Flow.RUN_AHEAD, Flow.VERIATTN, Flow.TSDP])
+@pytest.mark.parametrize(
+    ("claim", "index", "concerned"),
+    [
+        ("layers.1.qkv", 0, {3}),
+        ("layers.1.down", -1, {9}),
+        ("layers.0.attention", 0, {3}),
+        ("layers.0.attention", -1, {9}),
+        ("lm_head", 0, {5}),  # the first row of logits is the second sequence's: the first asks for none
+        ("lm_head", -1, {9}),
+    ],
+)
+def test_a_rejection_names_the_sequences_concerned(
+    claim: str, index: int, concerned: set[int], flow: Flow, model: VerifierModel, pool: LiarPool
+) -> None:
+    batch = Batch((BatchEntry(3, 0, PROMPT, "none"), BatchEntry(5, 0, (7, 8, 9)), BatchEntry(9, 0, (4,))))
+    session = open_session(model, pool, Attack("fault", claim=claim, fault="bit", index=index), flow=flow)
+    with pytest.raises(VerificationError) as caught:
+        session.run(batch)
+    if claim.endswith("attention") and flow is not Flow.RUN_AHEAD:
+        concerned = {3}  # each sequence's outputs are a claim of their own, all of them altered
+    assert caught.value.sequences == concerned
 
 
 def test_counts_are_those_of_the_work(model: VerifierModel, pool: LiarPool) -> None:

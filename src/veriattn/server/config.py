@@ -71,8 +71,8 @@ class LimitSettings:
 class ProverSettings:
     """What happens when a prover lies, dies or falls silent.
 
-    request_retries: how often a request that was in the step of a prover that *died or fell silent* is computed again. One that
-    was in the step of a prover that was caught lying ends with an error. max_restarts: faults in a row before the server
+    request_retries: how often a request that was in the step of a faulty prover is computed again. One that the prover was
+    caught lying about ends with an error. max_restarts: faults in a row before the server
     calls itself not ready; it goes on trying, every max_backoff_s at the latest.
     """
 

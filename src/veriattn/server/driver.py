@@ -53,9 +53,10 @@ def is_lie(error: VeriattnError) -> bool:
 class EngineDriver:
     """Owns the engine. Public methods may be called from any thread; everything else runs on the driver's own.
 
-    Faults: a prover that is caught lying ends the jobs that were in its step (`FailedEvent`); one that dies or falls silent has
-    them computed again on its successor, `request_retries` times at most. All other jobs go on. Tokens that were released stay
-    released, since they were checked; nothing of a faulty step is.
+    Faults: a prover that is caught lying ends the jobs that it was caught lying about (`FailedEvent`; all of its step where the
+    claim does not tell). The others of the step, and those of a prover that died or fell silent, are computed again on its
+    successor, `request_retries` times at most. Tokens that were released stay released, since they were checked; nothing of
+    a faulty step is.
 
     Ready means: the canary was caught, and the current prover has passed the checks of an honest step.
     """
@@ -82,6 +83,7 @@ class EngineDriver:
         self._faults = 0
         self._steps_since_fault = 0
         self._retry_at = 0.0
+        self._demo_liar: Job | None = None  # whose switch was thrown in this step
         self.lag_s = 0.0
 
     # -- any thread --------------------------------------------------------------------------------------------
@@ -266,9 +268,10 @@ class EngineDriver:
         job.last_token[choice] = now
 
     def _arm_for_demo(self) -> None:
+        self._demo_liar = None
         for job in self._jobs.values():
             if job.lie_after is not None and job.released >= job.lie_after:
-                job.lie_after = None
+                job.lie_after, self._demo_liar = None, job
                 self._switch.arm(self._random_claim())
 
     def _random_claim(self) -> int:
@@ -351,7 +354,8 @@ class EngineDriver:
     def _fault(self, error: VeriattnError) -> None:
         """The session has ended. Decide who pays, and when to try again."""
         in_step = [self._jobs[i] for i in self._engine.step_ids if i in self._jobs]
-        self._engine.step_ids = ()
+        victims = self._victims(error, in_step)
+        self._engine.step_ids, self._demo_liar = (), None
         if self._engine.executor is not None:
             self._engine.reset()
         self._metrics.observe(self._engine.report())
@@ -360,7 +364,13 @@ class EngineDriver:
         log.log(
             logging.CRITICAL if lie else logging.ERROR,
             "the prover was caught" if lie else "the prover failed",
-            extra={"code": error.code, "fault": error.message, "hint": error.hint, "jobs_in_step": len(in_step)},
+            extra={
+                "code": error.code,
+                "fault": error.message,
+                "hint": error.hint,
+                "jobs_in_step": len(set(in_step)),
+                "jobs_concerned": len(set(victims)),
+            },
         )
         if lie:
             self._metrics.count(self._metrics.rejects, error.code)
@@ -368,7 +378,7 @@ class EngineDriver:
         elif isinstance(error, ProverFault):
             self._metrics.count(self._metrics.prover_faults, error.code)
         for job in dict.fromkeys(in_step):
-            if isinstance(error, ProverFault) and not lie and job.retries < self._settings.request_retries:
+            if job not in victims and job.retries < self._settings.request_retries:
                 job.retries += 1
                 self._metrics.retries.inc()
             else:
@@ -377,6 +387,18 @@ class EngineDriver:
         self._steps_since_fault = 0
         self._schedule_retry()
         self._gauge_load()
+
+    def _victims(self, error: VeriattnError, in_step: list[Job]) -> list[Job]:
+        """Jobs that end with this error. The rest are safe to run again: a lie about one row is none about another, and every
+        claim is checked anew in a session with other secrets."""
+        if not isinstance(error, ProverFault):
+            return in_step
+        if not is_lie(error):
+            return []
+        if self._demo_liar is not None:
+            return [self._demo_liar]
+        named = error.sequences if isinstance(error, VerificationError) else frozenset()
+        return [self._jobs[i] for i in self._engine.step_ids if i in named and i in self._jobs] or in_step
 
     def _schedule_retry(self) -> None:
         s = self._settings

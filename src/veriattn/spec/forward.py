@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Literal, Protocol
@@ -76,6 +76,13 @@ class Batch:
             elif e.logits == "last":
                 rows.append(s.stop - 1)
         return rows
+
+    def owners(self, rows: Iterable[int], *, of_logits: bool) -> frozenset[int]:
+        """Ids of the sequences that these rows belong to: rows of the flattened token axis, or of the logits."""
+        ids = [e.seq_id for e in self.entries for _ in e.token_ids]
+        if of_logits:
+            ids = [ids[row] for row in self.logit_rows()]
+        return frozenset(ids[row] for row in rows)
 
 
 @dataclass(frozen=True)

@@ -165,7 +165,12 @@ class ClaimChecker:
         ok = linear_check(claimed_i32, r, a_i8, u)
         if not bool(np.all(ok)):
             row = int(np.argmin(ok))
-            raise FreivaldsMismatch(f"{name}: the claimed product is wrong in row {row} of {len(ok)}", hint=LYING)
+            raise FreivaldsMismatch(
+                f"{name}: the claimed product is wrong in row {row} of {len(ok)}",
+                hint=LYING,
+                operation=name,
+                rows=np.flatnonzero(np.asarray(ok) == 0).tolist(),
+            )
         self.counts.linear_rows += len(ok)
         return claimed_i32
 
@@ -223,7 +228,7 @@ class ClaimChecker:
                 row, head = (int(v) for v in np.argwhere(ok == 0)[0])
                 head += (heads.start or 0) + (kv_heads.start if kv_heads else 0) * self._group
                 where = f"layers.{layer}.attention, sequence {seq_id}, position {start + row}, head {head}"
-                raise AttentionMismatch(f"{where}: the claimed scores are wrong", hint=LYING)
+                raise AttentionMismatch(f"{where}: the claimed scores are wrong", hint=LYING, sequences=[seq_id])
             parts.append((row_sum, pg))
         return _join([p[0] for p in parts]), _join([p[1] for p in parts])
 
@@ -254,13 +259,15 @@ class ClaimChecker:
             claimed_i64, self.keys.attention(layer)[first_kv_head : first_kv_head + kv_heads]
         )
         if not in_range:
-            raise AttentionMismatch(f"{where}: a claimed output is 2**39 or larger", hint=LYING)
+            raise AttentionMismatch(f"{where}: a claimed output is 2**39 or larger", hint=LYING, sequences=[seq_id])
         ok = np.all(got == expected, axis=2)
         if not bool(np.all(ok)):
             row, head = (int(v) for v in np.argwhere(~ok)[0])
             head += first_kv_head * self._group
             raise AttentionMismatch(
-                f"{where}, position {start + row}, head {head}: the claimed output is wrong", hint=LYING
+                f"{where}, position {start + row}, head {head}: the claimed output is wrong",
+                hint=LYING,
+                sequences=[seq_id],
             )
         self.counts.attention_rows += ok.size
 

@@ -11,7 +11,7 @@ from typing import Literal
 
 import numpy as np
 
-from veriattn.errors import InternalError, ProverUnavailable, UsageError, VeriattnError
+from veriattn.errors import InternalError, ProverUnavailable, UsageError, VeriattnError, VerificationError
 from veriattn.native import kernels
 from veriattn.shield.permutation import Shield, ShieldMode
 from veriattn.spec.constants import SPEC_VERSION
@@ -345,7 +345,12 @@ class Session:
     def _replay(self, batch: Batch) -> F32:
         if self._ops is None:
             raise InternalError("no keys to check with")
-        return forward(self.model.tensors, batch, self._ops, kernels)
+        try:
+            return forward(self.model.tensors, batch, self._ops, kernels)
+        except VerificationError as e:
+            if e.rows:
+                e.sequences = batch.owners(e.rows, of_logits=e.operation == "lm_head")
+            raise
 
     def _take_logits(self, batch: Batch) -> F32:
         rows, vocab = len(batch.logit_rows()), self.model.tensors.config.vocab_size

@@ -419,6 +419,7 @@ class SplitAttention:
                     f"layers.{layer}.attention, sequence {entry.seq_id}, position {entry.start + row}, "
                     f"head {kv * group + head}: the claimed scores are wrong",
                     hint=LYING,
+                    sequences=[entry.seq_id],
                 )
 
     def _challenges(self, keys: int) -> U64:
