@@ -14,92 +14,19 @@ from pathlib import Path
 from typing import Literal
 
 from benchmarks.generation import prompt_ids
+from veriattn.bench.traffic import Bytes, prompt_bytes
 from veriattn.home import resolve_model
 from veriattn.native import set_threads
 from veriattn.spec.forward import Batch, BatchEntry
-from veriattn.spec.model import ModelConfig
 from veriattn.verifier.launch import ChildProver
-from veriattn.verifier.mediated import LINEAR_TILE_ROWS
 from veriattn.verifier.model import VerifierModel
 from veriattn.verifier.session import Flow, Session, SessionConfig
 from veriattn.verifier.tiling import Tiling
 from veriattn.wire.emulate import Throttle
-from veriattn.wire.messages import HEADER_BYTES
 
 RESULTS = Path(__file__).with_name("results") / "links.jsonl"
 OFF = Tiling(1, 1, pipeline=False)
 Cut = Tiling | Literal["auto"] | None
-
-
-# -- bytes on paper ---------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Bytes:
-    """Both ways, with the 32 bytes before each message."""
-
-    to_prover: int
-    from_prover: int
-
-    def __add__(self, other: Bytes) -> Bytes:
-        return Bytes(self.to_prover + other.to_prover, self.from_prover + other.from_prover)
-
-
-def _ceil(a: int, b: int) -> int:
-    return -(-a // b)
-
-
-def step_bytes(
-    c: ModelConfig,
-    flow: Flow,
-    start: int,
-    tokens: int,
-    logit_rows: int,
-    cut: Tiling | None = None,
-    transfer: bool = False,
-) -> Bytes:
-    """A step of one sequence, from the shapes alone; docs/strategies.md has the same in words."""
-    h, g, d, hidden, inner = c.num_heads, c.num_kv_heads, c.head_dim, c.hidden_size, c.intermediate_size
-    keys, L, M = start + tokens, c.num_layers, HEADER_BYTES
-    # One layer's claims of linears, and attention's exact sums.
-    linears = [((h + 2 * g) * d, hidden), (hidden, h * d), (2 * inner, hidden), (hidden, inner)]
-    claims = 4 * tokens * sum(out for out, _ in linears)
-    outputs = 8 * tokens * h * d
-    scores = 4 * h * tokens * keys  # in one piece
-    head = M + 4 * logit_rows * c.vocab_size if logit_rows else 0
-    if flow is Flow.UNVERIFIED:
-        return Bytes(M + 24 + 24 + 4 * tokens, head)
-    if flow is Flow.RUN_AHEAD:
-        per_layer = claims + outputs + 5 * M + (scores + M if transfer else 0)
-        return Bytes(M + 24 + 24 + 4 * tokens, L * per_layer + head)
-    # Operations on request: activations travel too, and each layer's q, k, v with their scales.
-    activations = tokens * sum(width for _, width in linears)
-    operands = tokens * (d * (h + 2 * g) + 4 * (h + g))
-    ask_head = M + 16 + logit_rows * hidden if logit_rows else 0
-    if flow is Flow.TSDP:
-        to = activations + 4 * (M + 16) + operands + M + 32 + 16 + 2 * h * tokens * keys + M + 24
-        back = claims + 4 * M + scores + M + outputs + M
-        return Bytes(L * to + ask_head, L * back + head)
-    cut = cut or Tiling.default(keys, tokens)
-    pieces = _ceil(tokens, LINEAR_TILE_ROWS) if cut.pipeline else 1
-    blocks, rows = len(cut.kv_blocks(g)), cut.tile_rows(tokens)
-    tiles = _ceil(tokens, rows)
-    to = activations + 4 * pieces * (M + 16) + operands + blocks * (M + 32 + 16)
-    back = claims + 4 * pieces * M + outputs + blocks * tiles * M
-    if transfer:  # a tile's scores end at its last row
-        ends = [start + min((i + 1) * rows, tokens) for i in range(tiles)]
-        sizes = [min(rows, tokens - i * rows) for i in range(tiles)]
-        back += 4 * h * sum(n * e for n, e in zip(sizes, ends, strict=True)) + blocks * tiles * M
-    return Bytes(L * to + ask_head, L * back + head)
-
-
-def prompt_bytes(c: ModelConfig, flow: Flow, prompt: int, chunk: int, cut: Tiling | None = None) -> Bytes:
-    """A prompt in chunks, with the logits of its last token."""
-    total = Bytes(0, 0)
-    for start in range(0, prompt, chunk):
-        tokens = min(chunk, prompt - start)
-        total += step_bytes(c, flow, start, tokens, int(start + tokens == prompt), cut)
-    return total
 
 
 # -- time -------------------------------------------------------------------------------------------------------------

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from benchmarks.links import Bytes, step_bytes
 
+from veriattn.bench.traffic import Bytes, step_bytes
 from veriattn.spec.forward import Batch, BatchEntry
 from veriattn.verifier.launch import ChildProver
 from veriattn.verifier.model import VerifierModel

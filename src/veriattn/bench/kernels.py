@@ -63,11 +63,13 @@ class Stopwatch:
         return float(np.median(taken))
 
 
-def _int8(rng: np.random.Generator, *shape: int) -> Array:
+def random_int8(rng: np.random.Generator, *shape: int) -> Array:
+    """Operands of any shape."""
     return rng.integers(-127, 128, shape, dtype=np.int8)
 
 
-def _field(rng: np.random.Generator, *shape: int) -> Array:
+def random_field(rng: np.random.Generator, *shape: int) -> Array:
+    """Field elements; not from the system's generator, so for measuring alone."""
     return rng.integers(0, P, shape, dtype=np.uint64)
 
 
@@ -106,7 +108,7 @@ def _linear_checks(watch: Stopwatch, rng: np.random.Generator, bandwidth: float)
     # 64 rows of 2048 claims: half a MiB, and a short input so that the claims' side is what is timed.
     def check(rows: int, out: int, inputs: int) -> tuple[float, int]:
         y = rng.integers(-(2**31), 2**31 - 1, (rows, out), dtype=np.int32)
-        r, a, u = _field(rng, 2, out), _int8(rng, rows, inputs), _field(rng, 2, inputs)
+        r, a, u = random_field(rng, 2, out), random_int8(rng, rows, inputs), random_field(rng, 2, inputs)
         return watch(lambda: kernels.linear_check(y, r, a, u)), y.size
 
     seconds, claims = check(64, 2048, 64)
@@ -120,11 +122,11 @@ def _linear_checks(watch: Stopwatch, rng: np.random.Generator, bandwidth: float)
 
 
 def _products(watch: Stopwatch, rng: np.random.Generator, bandwidth: float, peak: float) -> list[Result]:
-    w, a = kernels.pack(_int8(rng, 4096, 4096)), _int8(rng, 256, 4096)
+    w, a = kernels.pack(random_int8(rng, 4096, 4096)), random_int8(rng, 256, 4096)
     rate = 256 * 4096 * 4096 / watch(lambda: kernels.gemm_packed(w, a)) / 1e9
-    wide, one = kernels.pack(_int8(rng, 49152, 4096)), _int8(rng, 1, 4096)
+    wide, one = kernels.pack(random_int8(rng, 49152, 4096)), random_int8(rng, 1, 4096)
     few = wide.nbytes / watch(lambda: kernels.gemm_packed(wide, one)) / 1e9
-    chunk, r, u = _int8(rng, 4096, 4096), _field(rng, 4, 4096), np.zeros((4, 4096), np.uint64)
+    chunk, r, u = random_int8(rng, 4096, 4096), random_field(rng, 4, 4096), np.zeros((4, 4096), np.uint64)
     keys = chunk.nbytes / watch(lambda: kernels.project_weights(chunk, r, u)) / 1e9
     return [
         _higher_is_better("gemm.4096x4096.rows256", rate, "GMAC/s", 0.6 * peak, peak),
@@ -137,14 +139,14 @@ def _attention(watch: Stopwatch, rng: np.random.Generator, peak: float) -> list[
     results = []
     for d, bar in ((128, 0.40), (64, 0.36)):
         # A chunk of 512 queries in the middle of 6,144 positions, 8 heads over 2 kv heads.
-        cache, start, tokens, heads = _Cache(rng, 3328, 2, d), 2816, 512, 8
-        q, scale = _int8(rng, tokens, heads, d), np.full((tokens, heads), 2e-3, np.float32)
+        cache, start, tokens, heads = RandomPages(rng, 3328, 2, d), 2816, 512, 8
+        q, scale = random_int8(rng, tokens, heads, d), np.full((tokens, heads), 2e-3, np.float32)
         scores = heads * sum(start + i + 1 for i in range(tokens))
 
-        def replay(c: _Cache = cache, q: Array = q, scale: Array = scale, start: int = start) -> object:
+        def replay(c: RandomPages = cache, q: Array = q, scale: Array = scale, start: int = start) -> object:
             return kernels.attention_replay(q, scale, c.k, c.k_scale, c.g, c.table, start)
 
-        def full(c: _Cache = cache, q: Array = q, scale: Array = scale, start: int = start) -> object:
+        def full(c: RandomPages = cache, q: Array = q, scale: Array = scale, start: int = start) -> object:
             return kernels.attention(q, scale, c.k, c.k_scale, c.v, c.table, start)
 
         floor = d / peak
@@ -155,15 +157,15 @@ def _attention(watch: Stopwatch, rng: np.random.Generator, peak: float) -> list[
     return results
 
 
-class _Cache:
+class RandomPages:
     """Random pages of one sequence and layer."""
 
     def __init__(self, rng: np.random.Generator, keys: int, kv_heads: int, d: int) -> None:
         pages = -(-keys // PAGE)
         self.table = np.arange(pages, dtype=np.int32)
-        self.k, self.v = _int8(rng, pages, kv_heads, PAGE, d), _int8(rng, pages, kv_heads, PAGE, d)
+        self.k, self.v = random_int8(rng, pages, kv_heads, PAGE, d), random_int8(rng, pages, kv_heads, PAGE, d)
         self.k_scale = np.full((pages, kv_heads, PAGE), 1e-3, np.float32)
-        self.g = _field(rng, pages, kv_heads, PAGE, 2)
+        self.g = random_field(rng, pages, kv_heads, PAGE, 2)
 
 
 class _Layer:
@@ -172,8 +174,8 @@ class _Layer:
     def __init__(self, rng: np.random.Generator, tokens: int, start: int) -> None:
         f = np.float32
         self.tokens, self.start = tokens, start
-        self.r = {n: _field(rng, 2, out) for n, (out, _) in LINEARS.items()}
-        self.u = {n: _field(rng, 2, inp) for n, (_, inp) in LINEARS.items()}
+        self.r = {n: random_field(rng, 2, out) for n, (out, _) in LINEARS.items()}
+        self.u = {n: random_field(rng, 2, inp) for n, (_, inp) in LINEARS.items()}
         self.scale = {n: np.full(out, 1e-3, f) for n, (out, _) in LINEARS.items()}
         self.claims = {
             n: rng.integers(-100_000, 100_000, (tokens, out), dtype=np.int32) for n, (out, _) in LINEARS.items()
@@ -181,10 +183,10 @@ class _Layer:
         self.x = rng.standard_normal((tokens, HIDDEN)).astype(f)
         self.cos, self.sin = np.ones((tokens, HEAD_DIM // 2), f), np.zeros((tokens, HEAD_DIM // 2), f)
         self.v_scale = np.full(KV_HEADS, 0.05, f)
-        self.w = _field(rng, KV_HEADS, 2, HEAD_DIM)
+        self.w = random_field(rng, KV_HEADS, 2, HEAD_DIM)
         self.o = rng.integers(-(2**37), 2**37, (tokens, HEADS, HEAD_DIM), dtype=np.int64)
-        self.cache = _Cache(rng, start + tokens, KV_HEADS, HEAD_DIM)
-        self.q_r, self.c = _field(rng, 2, start + tokens), _field(rng, KV_HEADS, 2, HEAD_DIM)
+        self.cache = RandomPages(rng, start + tokens, KV_HEADS, HEAD_DIM)
+        self.q_r, self.c = random_field(rng, 2, start + tokens), random_field(rng, KV_HEADS, 2, HEAD_DIM)
         decode = tokens == 1
         self.scores = rng.integers(-(10**5), 10**5, (HEADS, 1, start + 1), dtype=np.int32) if decode else None
 
@@ -239,7 +241,7 @@ class _Layer:
 
 
 def _layers(watch: Stopwatch, rng: np.random.Generator) -> list[Result]:
-    weights = {name: kernels.pack(_int8(rng, *shape)) for name, shape in LINEARS.items()}
+    weights = {name: kernels.pack(random_int8(rng, *shape)) for name, shape in LINEARS.items()}
     results = []
     # The mean cost per token of a 6,144-token prefill is that of a chunk in its middle.
     chunk = _Layer(rng, 256, 3072 - 128)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, get_args
 
@@ -12,10 +12,10 @@ import numpy as np
 
 from veriattn.errors import UsageError
 from veriattn.native import kernels
-from veriattn.spec.forward import Batch, check_batch, forward
+from veriattn.spec.forward import Batch, Operations, check_batch, forward
 from veriattn.spec.local import LocalOperations
 from veriattn.spec.modelfile import Manifest, ModelDirectory, TensorCollector
-from veriattn.spec.reference import F32
+from veriattn.spec.reference import F32, I8
 from veriattn.verifier.model import VerifierModel
 from veriattn.verifier.session import Flow, Launcher, Session, SessionConfig
 
@@ -104,14 +104,30 @@ class FullTeeExecutor:
         self._weights = weights
         max_pages = -(-kv_tokens // 256) + max_sequences
         self._ops = LocalOperations(weights.tensors.config, weights.packed.__getitem__, kernels, max_pages=max_pages)
+        self._observed: Operations = self._ops
         self._cpu_s = 0.0
 
     def run(self, batch: Batch) -> F32:
         cpu = time.process_time()
         check_batch(self._weights.tensors, batch, [self._ops.length(e.seq_id) for e in batch.entries])
-        logits = forward(self._weights.tensors, batch, self._ops, kernels)
+        logits = forward(self._weights.tensors, batch, self._observed, kernels)
         self._cpu_s += time.process_time() - cpu
         return logits
+
+    def observe(self, wrap: Callable[[Operations], Operations]) -> None:
+        """As `Session.observe`."""
+        self._observed = wrap(self._ops)
+
+    def length(self, seq_id: int) -> int:
+        """Cached tokens of a sequence."""
+        return self._ops.length(seq_id)
+
+    def assume(self, seq_id: int, layers: Sequence[tuple[I8, F32, I8]]) -> None:
+        """As `Session.assume`, at any position."""
+        start = self._ops.length(seq_id)
+        kv_heads = range(self._weights.tensors.config.num_kv_heads)
+        for layer, (k_i8, k_scale, v_i8) in enumerate(layers):
+            self._ops.append(layer, seq_id, start, kv_heads, k_i8, k_scale, v_i8)
 
     def free(self, seq_id: int) -> None:
         self._ops.free(seq_id)

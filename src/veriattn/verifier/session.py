@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import Enum
@@ -17,7 +17,7 @@ from veriattn.shield.permutation import Shield, ShieldMode
 from veriattn.spec.constants import SPEC_VERSION
 from veriattn.spec.forward import Batch, BatchEntry, Operations, check_batch, forward
 from veriattn.spec.modelfile import ModelDirectory
-from veriattn.spec.reference import F32
+from veriattn.spec.reference import F32, I8
 from veriattn.trace import NO_TRACE, Trace
 from veriattn.verifier.checks import CheckCounts, ClaimChecker, RunAheadOperations
 from veriattn.verifier.keys import SOUNDNESS_BITS, KeySet
@@ -361,6 +361,29 @@ class Session:
             self.stats.checks.receive_s += time.monotonic() - t
         # Unchecked, but whoever samples from them must not meet NaN.
         return np.nan_to_num(logits, copy=False, nan=-1e30, posinf=1e30, neginf=-1e30)
+
+    def observe(self, wrap: Callable[[Operations], Operations]) -> None:
+        """Put something around the two operations of the forward pass, for measuring. It must return what they return."""
+        if self._ops is not None:
+            self._ops = wrap(self._ops)
+
+    def assume(self, seq_id: int, layers: Sequence[tuple[I8, F32, I8]]) -> None:
+        """Append keys (tokens, kv_heads, d), their scales and values to a sequence at or beyond the prover's capacity,
+        without running the model: long contexts for measuring what a step costs there. The prover has no part in it.
+
+        Raises: InternalError where the prover would have to keep some of them; ConfigError beyond the memory limit.
+        """
+        split, start = self._split, self.length(seq_id)
+        if split is None or len(layers) != self.model.tensors.config.num_layers:
+            raise InternalError("keys can only be assumed beyond the prover's capacity, for every layer")
+        entry = BatchEntry(seq_id, start, (0,) * layers[0][0].shape[0], "none")
+        self._assign_limits(Batch((entry,)))
+        limit = split.limits[seq_id]
+        if start < limit:
+            raise InternalError("the prover keeps these positions: run them")
+        for layer, (k_i8, k_scale, v_i8) in enumerate(layers):
+            split.cache.append(layer, entry, limit, k_i8, k_scale, v_i8)
+        self._lengths[seq_id] = start + entry.num_tokens
 
     def free(self, seq_id: int) -> None:
         """Forget a sequence on both sides. Raises: ProverFault and below."""

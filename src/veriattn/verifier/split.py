@@ -244,6 +244,14 @@ class SplitAttention:
         limit = self.limits.get(entry.seq_id)
         return limit is not None and entry.start >= limit
 
+    def fix_ratio(self, ratio: float | None) -> None:
+        """Stream this share of the non-resident keys from now on; None goes on adapting from where that had been."""
+        self._fixed = ratio
+
+    def restart_controller(self) -> None:
+        """Forget what was measured so far."""
+        self.controller = Controller()
+
     @property
     def ratio(self) -> float:
         """The share of the non-resident keys that is streamed in this step."""
@@ -261,7 +269,8 @@ class SplitAttention:
         )
         self.stats.ratios.append(self.ratio)
         self.stats.tee_bytes = max(self.stats.tee_bytes, self.cache.nbytes)
-        self.controller = self.controller.update(total)
+        if self._fixed is None:
+            self.controller = self.controller.update(total)
         self._step.clear()
         trace = self._checker.trace
         if trace.enabled:
