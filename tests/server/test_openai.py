@@ -5,18 +5,23 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import re
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import openai
 import pytest
+from starlette.routing import Match
 from tests.helpers import LocalModel
 from tests.server.harness import Running, chat_body
 
 from veriattn.engine.text import TextCodec
+from veriattn.server.app import create_app
+from veriattn.server.config import ServerConfig
 from veriattn.spec.modelfile import ModelDirectory
 
 
@@ -253,6 +258,21 @@ def test_the_page_and_its_assets_come_from_the_package(server: Running) -> None:
     for name in assets:
         assert server.get(f"/assets/{name}").status_code == 200
     assert "http://" not in html and "https://" not in html  # works without the internet
+
+
+def test_no_route_hides_another() -> None:
+    """Each route answers to a path of its own pattern: what stands before it takes none of them."""
+    identity = SimpleNamespace(name="m", model_digest="0" * 64, max_positions=8)
+    service: Any = SimpleNamespace(config=ServerConfig(), identity=identity)
+    app = create_app(service)
+    paths = [(r, re.sub(r"{[^}]*}", "x", r.path), m) for r in app.routes for m in r.methods or ()]  # type: ignore[attr-defined]
+    assert {"/", "/assets/app.js", "/v1/models/x", "/v1/aci/receipts/x", "/metrics", "/openapi.json"} <= {
+        p for _, p, _ in paths
+    }
+    for route, path, method in paths:
+        scope = {"type": "http", "path": path, "root_path": "", "method": method, "headers": []}
+        first = next(r for r in app.routes if r.matches(scope)[0] is Match.FULL)
+        assert first is route, f"{method} {path} goes to {first}"
 
 
 def test_metrics_count_what_happened(server: Running) -> None:

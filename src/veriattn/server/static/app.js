@@ -225,12 +225,13 @@ async function showReceipt(id, request, received, nonce) {
   const got = await sha256(new Uint8Array(await new Blob(received).arrayBuffer()));
   const list = element("dl");
   const row = (name, text, good) => list.append(element("dt", name), element("dd", text, good === undefined ? "" : good ? "ok" : "no"));
-  row("id", short(receipt.receipt_id));
+  const value = (name, text) => list.append(element("dt", name), element("dd", text, "mono"));
+  value("id", short(receipt.receipt_id));
   row("result", event.result + ", 2^-" + event.soundness_bits, event.result === "verified");
   row("our request", sent === null ? "not checked (needs https)" : sent === byType["request.received"].body_hash ? "hash matches" : "HASH DIFFERS", sent === null ? undefined : sent === byType["request.received"].body_hash);
   row("what we received", got === null ? "not checked (needs https)" : got === byType["response.returned"].body_hash ? "hash matches" : "HASH DIFFERS", got === null ? undefined : got === byType["response.returned"].body_hash);
   row("our nonce", event.client_nonce === nonce ? "bound" : "NOT OURS", event.client_nonce === nonce);
-  row("seed", event.sampling.seed);
+  value("seed", event.sampling.seed);
   box.append(list);
   const details = element("details");
   details.append(element("summary", "whole receipt"), element("pre", JSON.stringify(receipt, null, 1)));
