@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,6 +14,8 @@ from typing import Any
 
 import pytest
 from tests.helpers import make_model
+
+from veriattn.cli import main
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -74,3 +77,19 @@ def odd_prover(tmp_path: Path) -> Callable[[str], str]:
         return f"{sys.executable} {Path(__file__).with_name('odd_prover.py')} {mode}"
 
     return command
+
+
+@pytest.fixture
+def in_process(capsys: pytest.CaptureFixture[str]) -> Cli:
+    """`veriattn ARGUMENTS` in this process: for commands that end before they do anything."""
+
+    def run(*arguments: object) -> Outcome:
+        before = signal.getsignal(signal.SIGTERM)
+        try:
+            code = main([str(a) for a in arguments])
+        finally:
+            signal.signal(signal.SIGTERM, before)
+        out = capsys.readouterr()
+        return Outcome(code, out.out, out.err)
+
+    return run

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -203,7 +203,6 @@ def sweep(
     length: int,
     ratios: Sequence[float | None],
     rounds: int,
-    progress: Callable[[str], None],
 ) -> dict[float | None, Sample]:
     """Decode steps (without the product with the vocabulary) under several offload ratios in turns; None adapts.
 
@@ -223,8 +222,7 @@ def sweep(
     times: dict[float | None, list[StepTime]] = {ratio: [] for ratio in ratios}
     readings: dict[float | None, list[tuple[Counters, Counters]]] = {ratio: [] for ratio in ratios}
     chosen: dict[float | None, float] = {}
-    for i in range(rounds):
-        progress(f"round {i + 1} of {rounds}")
+    for _ in range(rounds):
         for ratio in ratios:
             split.fix_ratio(ratio)
             decoding.step("none")

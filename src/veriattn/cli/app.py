@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import click
 
 import veriattn
+from veriattn.cli.bench import bench
 from veriattn.cli.doctor import doctor
 from veriattn.cli.floatmode import calibrate
 from veriattn.cli.generate import generate
@@ -38,7 +39,7 @@ def app() -> None:
     """
 
 
-for command in (pull, convert, generate, evaluate, redteam, serve, api_key, receipt, doctor, calibrate):
+for command in (pull, convert, generate, evaluate, redteam, serve, api_key, receipt, bench, doctor, calibrate):
     app.add_command(command)
 
 
