@@ -15,7 +15,7 @@ from veriattn.errors import VeriattnError
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-DOCUMENTS = [ROOT / "README.md", ROOT / "docs" / "serving.md"]
+DOCUMENTS = [ROOT / "README.md", ROOT / "docs" / "serving.md", ROOT / "docs" / "benchmarks.md"]
 
 
 def snippets(text: str) -> list[str]:

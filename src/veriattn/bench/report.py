@@ -220,6 +220,7 @@ def table(conditions: Conditions, points: Sequence[Point]) -> str:
     head = (
         f"{'strategy':22}{'length':>7}{'batch':>6}{'p':>7}{'seconds':>11}{'floor':>10}{'of it':>7}{'limit':>8}"
         f"{'attention':>11}{'MB to':>10}{'MB from':>10}{'TEE CPU s':>11}{'idle TEE':>9}{'prover':>8}"
+        f"{'peak TEE':>10}{'prover':>8}"
     )
     lines = [conditions.title, head]
     mark = "" if conditions.emulated_gb_per_s is None else "  emulated"
@@ -229,10 +230,12 @@ def table(conditions: Conditions, points: Sequence[Point]) -> str:
         if p.ratio == "auto" and s.ratio is not None:
             ratio = f"~{s.ratio:.2f}"
         attention = "" if p.attention_s is None else f"{p.attention_s:.4f}"
+        prover_peak = "" if s.prover_peak_bytes is None else f"{s.prover_peak_bytes / 1e6:.0f}"
         lines.append(
             f"{p.strategy:22}{p.length:7}{p.batch:6}{ratio:>7}{p.seconds:11.4f}{p.floor.seconds:10.4f}"
             f"{p.floor.seconds / p.seconds:7.0%}{p.floor.limit:>8}{attention:>11}{s.moved.to_prover / 1e6:10.2f}"
-            f"{s.moved.from_prover / 1e6:10.2f}{s.tee_cpu_s:11.4f}{_idle(s, 'verifier'):>9}{_idle(s, 'prover'):>8}{mark}"
+            f"{s.moved.from_prover / 1e6:10.2f}{s.tee_cpu_s:11.4f}{_idle(s, 'verifier'):>9}{_idle(s, 'prover'):>8}"
+            f"{s.tee_peak_bytes / 1e6:7.0f} MB{prover_peak:>8}{mark}"
         )
     return "\n".join(lines)
 
