@@ -25,6 +25,8 @@ template <>
 struct Code<uint64_t> { static constexpr const char *codes = "LQ", *name = "uint64"; };
 template <>
 struct Code<float> { static constexpr const char *codes = "f", *name = "float32"; };
+template <>
+struct Code<double> { static constexpr const char *codes = "d", *name = "float64"; };
 
 // Holds the buffer while it lives; must be made and destroyed with the GIL held.
 class BufferBase {

@@ -13,6 +13,7 @@
 
 #include "buffer.h"
 #include "dispatch.h"
+#include "module_float.h"
 #include "module_share.h"
 #include "pack.h"
 #include "threads.h"
@@ -571,6 +572,7 @@ NB_MODULE(_native, m) {
     m.def("attention_weights", &attention_weights);
     m.def("weighted_values", &weighted_values);
     bind_share(m);
+    bind_float(m);
     m.def("linear_check", &linear_check, nb::arg("y"), nb::arg("r"), nb::arg("a"), nb::arg("u"), nb::arg("out").none(),
           nb::arg("ok"));
     m.def("project_weights", &project_weights);

@@ -7,50 +7,75 @@ import math
 import numpy as np
 import pytest
 
-from veriattn.errors import UsageError
+from veriattn.errors import InternalError, UsageError
 from veriattn.floatmode.checks import (
-    Buckets,
     coefficients,
     gaussian,
     generator,
     gvfa_residual,
     lemma1_bound,
     lemma2_bound,
-    log_product,
     lp_residuals,
     lp_worst,
 )
 from veriattn.floatmode.formats import decode, encode, rounded
 from veriattn.floatmode.params import CheckParams
+from veriattn.native.floats import log_product
 
 
-@pytest.mark.parametrize(("n", "columns", "n_a"), [(1, 1, 1), (1, 3, 16), (7, 2, 300), (1000, 5, 16), (3000, 2, 1)])
+def seeing_all(y: np.ndarray) -> np.ndarray:
+    return np.full(y.shape[1], y.shape[0], np.int32)
+
+
+@pytest.mark.parametrize(
+    ("n", "columns", "n_a"),
+    [(1, 1, 1), (1, 3, 16), (7, 2, 300), (1000, 5, 16), (3000, 2, 1), (130, 700, 9), (90, 65, 2)],
+)
 def test_log_product_is_the_weighted_sum_of_logarithms(n: int, columns: int, n_a: int) -> None:
     rng = generator(1)
     y = np.exp(-60 * rng.random((n, columns), np.float32))
     a = coefficients(rng, n, CheckParams(n_a=n_a))[0]
     expected = a @ np.log(y.astype(np.float64))
     # Mantissas are multiplied in float32: at most one rounding per factor, weighted by its coefficient.
-    assert np.all(np.abs(log_product(y, Buckets.of(a)) - expected) <= (n + 2) * n_a * 2.0**-23)
+    assert np.all(np.abs(log_product(y, a, seeing_all(y)) - expected) <= (n + 2) * n_a * 2.0**-23)
 
 
 def test_log_product_of_powers_of_two_is_exact_to_the_last_logarithm() -> None:
     y = np.float32(2.0) ** -np.arange(1, 101, dtype=np.float32)[:, None]
-    a = np.full(100, 3)
-    assert log_product(y, Buckets.of(a))[0] == pytest.approx(-3 * 5050 * math.log(2), rel=1e-15)
+    a = np.full(100, 3, np.int32)
+    assert log_product(y, a, seeing_all(y))[0] == pytest.approx(-3 * 5050 * math.log(2), rel=1e-15)
+
+
+@pytest.mark.parametrize(("n", "columns"), [(40, 30), (129, 70), (5, 5)])
+def test_a_column_is_the_product_of_the_keys_that_it_sees(n: int, columns: int) -> None:
+    rng = generator(4)
+    y = np.float32(2.0) ** rng.integers(-100, 100, (n, columns)).astype(np.float32)
+    a = coefficients(rng, n, CheckParams())[0]
+    visible = rng.integers(0, n + 1, columns, np.int32)
+    for column, seen in enumerate(visible):
+        y[seen:, column] = np.nan
+    exponents = np.where(np.arange(n)[:, None] < visible, np.log2(y), 0.0)
+    assert np.array_equal(log_product(y, a, visible), (a @ exponents) * math.log(2.0))
 
 
 @pytest.mark.parametrize("bad", [0.0, -0.0, -1.0, np.nan, np.inf, -np.inf, 1e-40])
-def test_values_that_no_exponential_gives_are_rejected(bad: float) -> None:
-    y = np.full((9, 3), 0.5, np.float32)
-    a = Buckets.of(np.arange(1, 10))
-    expected = np.full(3, 45 * math.log(0.5))
-    assert np.isfinite(lp_residuals(y, a, expected)).all()
-    y[4, 1] = bad
-    residuals = lp_residuals(y, a, expected)
+@pytest.mark.parametrize("n", [9, 3, 70])
+def test_values_that_no_exponential_gives_are_rejected(bad: float, n: int) -> None:
+    y = np.full((n, 3), 0.5, np.float32)
+    a = np.arange(n, dtype=np.int32) % 4 + 1
+    expected = np.full(3, float(a.sum()) * math.log(0.5))
+    assert np.isfinite(lp_residuals(y, a, seeing_all(y), expected)).all()
+    y[n - 2, 1] = bad
+    residuals = lp_residuals(y, a, seeing_all(y), expected)
     assert np.isinf(residuals[1])
     assert np.isfinite(residuals[[0, 2]]).all()
     assert lp_worst(residuals, generator(0), 1) == math.inf
+
+
+@pytest.mark.parametrize("a", [[0], [4097], [1, 2], [-1]])
+def test_coefficients_out_of_range_are_refused(a: list[int]) -> None:
+    with pytest.raises(InternalError):
+        log_product(np.ones((1, 2), np.float32), np.array(a, np.int32), np.ones(2, np.int32))
 
 
 def test_one_wrong_product_leaves_a_residual() -> None:

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import secrets
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from veriattn.convert.checkpoint import F32, F64
 from veriattn.floatmode.params import CheckParams
+from veriattn.native.floats import log_product
 
-I64 = npt.NDArray[np.int64]
-
-_MAX_BUCKET = 96  # mantissas below 2 multiply to less than 2**96 in float32
-_TINY = np.float32(np.finfo(np.float32).tiny)
+I32 = npt.NDArray[np.int32]
 
 
 def generator(seed: int | None = None) -> np.random.Generator:
@@ -29,9 +25,9 @@ def gaussian(rng: np.random.Generator, n: int, count: int) -> F32:
     return rng.standard_normal((n, count), np.float32)
 
 
-def coefficients(rng: np.random.Generator, n: int, params: CheckParams) -> I64:
+def coefficients(rng: np.random.Generator, n: int, params: CheckParams) -> I32:
     """Secret a in 1..n_a, (tau_a, n)."""
-    return rng.integers(1, params.n_a + 1, (params.tau_a, n))
+    return rng.integers(1, params.n_a + 1, (params.tau_a, n), np.int32)
 
 
 def max_residual(claimed: F32, expected: F32) -> float:
@@ -51,69 +47,15 @@ def gvfa_residual(claimed: F32, w: F32, expected: F32) -> float:
         return max_residual(claimed @ w, expected)
 
 
-@dataclass(frozen=True)
-class Buckets:
-    """Positions ordered by coefficient, cut where the coefficient changes and after every _MAX_BUCKET of them."""
-
-    a: I64
-    order: I64
-    starts: I64
-    values: I64
-
-    @classmethod
-    def of(cls, a: I64) -> Buckets:
-        """For one coefficient vector (n,)."""
-        order = np.argsort(a, kind="stable")
-        ranked = a[order]
-        change = np.flatnonzero(np.diff(ranked)) + 1
-        edges = np.concatenate([[0], change, [a.size]])
-        starts = np.concatenate([np.arange(lo, hi, _MAX_BUCKET) for lo, hi in itertools.pairwise(edges)])
-        return cls(a, order, starts, ranked[starts])
-
-
-def log_product(y: F32, buckets: Buckets) -> F64:
-    """log prod_i y_i^(a_i) of every column, with a single logarithm each; NaN where a value is not positive and normal.
-
-    The product is held as m * 2**e. Powers of two add up as integers; mantissas of equal coefficients are multiplied
-    first, and the powers come from running products over falling coefficients: prod_v P_v^v = prod_v prod_{w >= v} P_w.
-    Shapes: y (n, columns) -> (columns,). Bounds: n * n_a < 2**53 / 256.
-    """
-    n, columns = y.shape
-    if n == 0:
-        return np.zeros(columns)
-    bits = np.ascontiguousarray(y).view(np.int32)
-    # Positive normal numbers are exactly the bit patterns from `tiny` to below infinity.
-    good = (bits.min(axis=0) >= 0x0080_0000) & (bits.max(axis=0) < 0x7F80_0000)
-    exponents = (bits >> 23).astype(np.float32)
-    power = np.zeros(columns)
-    block = max(1, (1 << 24) // (256 * int(buckets.a.max())))  # exact in float32
-    a_f32 = buckets.a.astype(np.float32)
-    for lo in range(0, n, block):
-        power += (a_f32[lo : lo + block] @ exponents[lo : lo + block]).astype(np.float64)
-    power -= 127.0 * float(buckets.a.sum())
-    mantissa = ((bits & 0x007F_FFFF) | 0x3F80_0000)[buckets.order].view(np.float32)
-    products = np.multiply.reduceat(mantissa, buckets.starts, axis=0).astype(np.float64)
-    running, result = np.ones(columns), np.ones(columns)
-    bucket = buckets.starts.size - 1
-    running_exp, result_exp = np.zeros(columns), np.zeros(columns)
-    for v in range(int(buckets.values[-1]), 0, -1):
-        while bucket >= 0 and buckets.values[bucket] == v:
-            running, e = np.frexp(running * products[bucket])
-            running_exp += e
-            bucket -= 1
-        result, e = np.frexp(result * running)
-        result_exp += running_exp + e
-    out = np.log(result) + (result_exp + power) * math.log(2.0)
-    return np.where(good, out, np.nan)
-
-
-def lp_residuals(y: F32, buckets: Buckets, expected: F32 | F64) -> F64:
+def lp_residuals(y: F32, a: I32, visible: I32, expected: F64) -> F64:
     """LPVeriExp before the Gaussian factor: R = log prod_i y_i^(a_i) - sum_i a_i s_i per column, infinite for bad values.
 
-    Shapes: y (n, columns), expected (columns,) = q.(sum_i a_i k_i)/sqrt(d) less the row's shift times sum_i a_i.
+    Trust: y is adversarial, in private memory. One logarithm per column (`native.floats.log_product`).
+    Shapes: y (n, columns), a (n,), visible (columns,): how many keys a column sees; expected (columns,) =
+    q.(sum_i a_i k_i)/sqrt(d) less the row's shift times sum_i a_i, over those keys.
     """
     with np.errstate(all="ignore"):
-        r = log_product(y, buckets) - expected
+        r = log_product(y, a, visible) - expected
     return np.where(np.isfinite(r), r, np.inf)
 
 

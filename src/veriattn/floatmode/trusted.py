@@ -15,7 +15,7 @@ from veriattn.convert.checkpoint import F32, F64, SourceConfig
 from veriattn.convert.float_reference import FloatKVCache
 from veriattn.errors import AttentionMismatch, FreivaldsMismatch, InternalError, VeriattnError
 from veriattn.floatmode.checks import (
-    Buckets,
+    I32,
     coefficients,
     gaussian,
     generator,
@@ -65,62 +65,78 @@ class Counts:
 class _Running:
     """Secrets of one layer and KV head for a sequence, with projections that grow with the cache."""
 
-    a: np.ndarray
+    a: I32
     w: F32
     sums: F64  # sum_i a_i k_i over the keys so far, (tau_a, d)
-    projected: F32  # V w, (capacity, repetitions)
+    counts: F64  # sum_i a_i over them, (tau_a,)
+    projected: F32  # V w and a column of ones, (capacity, repetitions + 1)
     length: int = 0
 
 
 @dataclass
-class TileClaim:
-    """A tile of E for one KV head with what the trusted side needs to judge it."""
-
-    e: F32  # (keys, rows)
-    shift: F32  # (rows,)
-    q: F32  # (rows, d)
-    mask: np.ndarray | None  # (keys, rows)
-
-
-@dataclass
 class AttentionSecrets:
-    """Challenges of one KV head's keys 0 .. n-1: coefficients, prefix sums of a k, Gaussian vectors, V w."""
+    """Challenges of one KV head's keys 0 .. n-1, for rows whose last key is `start` or a later one.
 
-    buckets: list[Buckets]
-    prefix: F64  # (tau_a, n, d)
-    prefix_a: F64  # (tau_a, n)
+    a (tau_a, n); prefix[:, i] and prefix_a[:, i]: sums of a k and of a over the keys 0 .. start + i; w (d, repetitions);
+    projected (n, repetitions + 1): V w, and ones, so that one product of E gives E V w and the row sums Z.
+    """
+
+    a: I32
+    start: int
+    prefix: F64
+    prefix_a: F64
     w: F32
     projected: F32
 
     @classmethod
-    def draw(cls, rng: np.random.Generator, k: F32, v: F32, params: CheckParams) -> AttentionSecrets:
+    def draw(cls, rng: np.random.Generator, k: F32, v: F32, start: int, params: CheckParams) -> AttentionSecrets:
         """Fresh challenges for k, v (n, d)."""
-        a = coefficients(rng, k.shape[0], params)
         w = gaussian(rng, v.shape[1], params.repetitions)
-        return cls.of(a, w, k, v @ w)
+        return cls.of(coefficients(rng, k.shape[0], params), w, k, with_ones(v @ w), start)
 
     @classmethod
-    def of(cls, a: np.ndarray, w: F32, k: F32, projected: F32) -> AttentionSecrets:
-        prefix = np.cumsum(a[:, :, None] * k[None].astype(np.float64), axis=1)
-        return cls([Buckets.of(row) for row in a], prefix, np.cumsum(a, axis=1).astype(np.float64), w, projected)
+    def of(cls, a: I32, w: F32, k: F32, projected: F32, start: int) -> AttentionSecrets:
+        """Of given challenges."""
+        a_f64, k_f64 = a.astype(np.float64), k.astype(np.float64)
+        prefix = a_f64[:, start:, None] * k_f64[None, start:]
+        prefix[:, 0] += a_f64[:, :start] @ k_f64[:start]
+        return cls(a, start, np.cumsum(prefix, axis=1), np.cumsum(a_f64, axis=1)[:, start:], w, projected)
+
+    def residuals(self, tile: TileClaim, scale: float) -> list[F64]:
+        """LPVeriExp of a tile for each coefficient vector: scores, mask, shift and exp together."""
+        last, keys = tile.visible - 1 - self.start, tile.e.shape[0]
+        out = []
+        for a, prefix, prefix_a in zip(self.a, self.prefix, self.prefix_a, strict=True):
+            dots = np.einsum("rd,rd->r", tile.q.astype(np.float64), prefix[last]) * scale
+            expected = dots - tile.shift.astype(np.float64) * prefix_a[last]
+            out.append(lp_residuals(tile.e, a[:keys], tile.visible, expected))
+        return out
+
+    def outputs(self, tile: TileClaim) -> F32:
+        """E V w and Z of a tile, (rows, repetitions + 1); entries of E that are masked are set to 0 first."""
+        tile.clear_masked()
+        return np.asarray(tile.e.T @ self.projected[: tile.e.shape[0]], np.float32)
 
 
-def weights_residuals(tile: TileClaim, secrets: AttentionSecrets, last: np.ndarray, scale: float) -> list[F64]:
-    """LPVeriExp of a tile for each coefficient vector: scores, mask, shift and exp together.
-
-    `last`: the last key that each row sees. A masked value counts as 1 (its exponent as 0); nothing uses it.
-    """
-    y = tile.e if tile.mask is None else np.where(tile.mask, tile.e, np.float32(1.0))
-    out = []
-    for i, buckets in enumerate(secrets.buckets):
-        dots = np.einsum("rd,rd->r", tile.q.astype(np.float64), secrets.prefix[i, last]) * scale
-        expected = dots - tile.shift.astype(np.float64) * secrets.prefix_a[i, last]
-        out.append(lp_residuals(y, _cut(buckets, y.shape[0]), expected))
-    return out
+def with_ones(projected: F32) -> F32:
+    """One more column, of ones."""
+    return np.concatenate([projected, np.ones((projected.shape[0], 1), np.float32)], axis=1)
 
 
-def _cut(buckets: Buckets, n: int) -> Buckets:
-    return buckets if buckets.a.size == n else Buckets.of(buckets.a[:n])
+@dataclass
+class TileClaim:
+    """A tile of E for one KV head, in private memory, with what the trusted side needs to judge it."""
+
+    e: F32  # (keys, rows)
+    shift: F32  # (rows,)
+    q: F32  # (rows, d)
+    visible: I32  # (rows,): keys that a row sees
+
+    def clear_masked(self) -> None:
+        """Make what no row may see 0."""
+        lowest, keys = int(self.visible.min()), self.e.shape[0]
+        if lowest < keys:
+            self.e[lowest:][np.arange(lowest, keys)[:, None] >= self.visible] = 0.0
 
 
 @dataclass
@@ -234,43 +250,49 @@ class Outsourced:
             np.ascontiguousarray(far_k[pick]), np.ascontiguousarray(far_v[pick]),
         )  # fmt: skip
 
-    def _secrets(self, layer: int, head: int, k: F32, v: F32) -> AttentionSecrets:
-        params = self.setting.params
-        if params.challenges == "fresh":
-            return AttentionSecrets.draw(self.rng, k, v, params)
-        run = self._extend(layer, head, k, v)
-        return AttentionSecrets.of(run.a[:, : k.shape[0]], run.w, k, run.projected[: k.shape[0]])
+    def _secrets(self, layer: int, head: int, k: F32, v: F32, start: int) -> AttentionSecrets:
+        """Challenges for all keys so far, k, v (n, d), and rows from position `start` on."""
+        params, n = self.setting.params, k.shape[0]
+        with self.counts.checking():
+            if params.challenges == "fresh":
+                return AttentionSecrets.draw(self.rng, k, v, start, params)
+            run = self._extend(layer, head, k, v)
+            if start == n - 1:
+                return AttentionSecrets(
+                    run.a[:, :n], start, run.sums[:, None], run.counts[:, None], run.w, run.projected[:n]
+                )
+            return AttentionSecrets.of(run.a[:, :n], run.w, k, run.projected[:n], start)
 
     def _extend(self, layer: int, head: int, k: F32, v: F32) -> _Running:
         """The sequence's secrets of this head, with projections of the new keys and values added: O(d) each."""
-        params, n = self.setting.params, k.shape[0]
+        params, n, d = self.setting.params, k.shape[0], k.shape[1]
         run = self._running.get((layer, head))
         if run is None:
             limit = self.setting.config.max_positions
             a = coefficients(self.rng, limit, params)
-            w = gaussian(self.rng, k.shape[1], params.repetitions)
-            run = _Running(
-                a, w, np.zeros((params.tau_a, k.shape[1])), np.empty((limit, params.repetitions), np.float32)
-            )
+            w = gaussian(self.rng, d, params.repetitions)
+            projected = np.ones((limit, params.repetitions + 1), np.float32)
+            run = _Running(a, w, np.zeros((params.tau_a, d)), np.zeros(params.tau_a), projected)
             self._running[layer, head] = run
         if run.length < n:
-            run.sums += run.a[:, run.length : n] @ k[run.length :].astype(np.float64)
-            run.projected[run.length : n] = v[run.length :] @ run.w
+            new = run.a[:, run.length : n].astype(np.float64)
+            run.sums += new @ k[run.length :].astype(np.float64)
+            run.counts += new.sum(axis=1)
+            run.projected[run.length : n, :-1] = v[run.length :] @ run.w
             run.length = n
         return run
 
-    def _check_tile(self, layer: int, tile: TileClaim, secrets: AttentionSecrets, last: np.ndarray) -> F32:
-        """Judge E of a tile; returns it with masked entries 0. Raises: AttentionMismatch."""
+    def _check_tile(self, layer: int, tile: TileClaim, secrets: AttentionSecrets) -> F32:
+        """Judge E of a tile; gives E V w and Z (rows, repetitions + 1). Raises: AttentionMismatch."""
         scale = self.setting.config.head_dim**-0.5
         with self.counts.checking():
-            worst = max(
-                lp_worst(r, self.rng, self.setting.params.tau_g) for r in weights_residuals(tile, secrets, last, scale)
-            )
+            worst = max(lp_worst(r, self.rng, self.setting.params.tau_g) for r in secrets.residuals(tile, scale))
         if not self.judge(f"{layer}.exp", worst):
             raise AttentionMismatch(
                 f"layers.{layer}.attention: claimed weights are off by more than their tolerance", hint=HINT
             )
-        return tile.e if tile.mask is None else np.where(tile.mask, tile.e, np.float32(0.0))
+        with self.counts.checking():
+            return secrets.outputs(tile)
 
     def _check_outputs(self, layer: int, u: F32, expected: F32, w: F32) -> None:
         with self.counts.checking():
@@ -303,51 +325,23 @@ class Outsourced:
         s, start, tokens = self.setting, request.start, request.tokens
         group, d = s.config.num_heads // s.config.num_kv_heads, s.config.head_dim
         heads = range(request.first, request.first + request.kv)
-        running = s.params.challenges == "sequence" and tokens == 1
-        secrets = [] if running else [self._secrets(request.layer, h, keys[h], values[h]) for h in heads]
+        secrets = [self._secrets(request.layer, h, keys[h], values[h], start) for h in heads]
         rows = tokens * group
-        sums = np.empty((request.kv, rows), np.float32)
-        expected = np.empty((request.kv, rows, s.params.repetitions), np.float32)
+        products = np.empty((request.kv, rows, s.params.repetitions + 1), np.float32)
         for lo in range(0, tokens, tile):
             hi = min(lo + tile, tokens)
             part, seen = slice(lo * group, hi * group), start + hi
             shift = self.link.claim((request.kv, part.stop - part.start), np.dtype(np.float32))
             raw = self.link.claim((request.kv, seen, part.stop - part.start), WIRE[s.exp_format])
             e = decode(raw, s.exp_format)
-            mask = tile_mask(start, lo, hi, seen, group) if hi - lo > 1 else None
-            last = np.repeat(np.arange(start + lo, start + hi), group)
-            for i, h in enumerate(heads):
-                claim = TileClaim(e[i], shift[i], request.q[i, part], mask)
-                if running:
-                    run = self._extend(request.layer, h, keys[h], values[h])
-                    used = self._check_running(request.layer, claim, run)
-                    projected = run.projected[:seen]
-                else:
-                    used = self._check_tile(request.layer, claim, secrets[i], last)
-                    projected = secrets[i].projected[:seen]
-                with self.counts.checking():
-                    sums[i, part] = used.sum(axis=0)
-                    expected[i, part] = used.T @ projected
+            visible = np.repeat(np.arange(start + lo + 1, seen + 1, dtype=np.int32), group)
+            for i in range(request.kv):
+                claim = TileClaim(e[i], shift[i], request.q[i, part], visible)
+                products[i, part] = self._check_tile(request.layer, claim, secrets[i])
         u = decode(self.link.claim((request.kv, rows, d), WIRE[s.format]), s.format)
-        for i, h in enumerate(heads):
-            w = self._running[request.layer, h].w if running else secrets[i].w
-            self._check_outputs(request.layer, u[i], expected[i], w)
-        return np.asarray((u / sums[:, :, None]).reshape(request.kv, tokens, group, d), np.float32)
-
-    def _check_running(self, layer: int, tile: TileClaim, run: _Running) -> F32:
-        """As `_check_tile` for rows that see every key so far: O(keys + d), nothing is summed anew."""
-        n, scale = run.length, self.setting.config.head_dim**-0.5
-        with self.counts.checking():
-            worst = 0.0
-            for a, total in zip(run.a[:, :n], run.sums, strict=True):
-                expected = (tile.q.astype(np.float64) @ total) * scale - tile.shift.astype(np.float64) * float(a.sum())
-                r = lp_residuals(tile.e, Buckets.of(a), expected)
-                worst = max(worst, lp_worst(r, self.rng, self.setting.params.tau_g))
-        if not self.judge(f"{layer}.exp", worst):
-            raise AttentionMismatch(
-                f"layers.{layer}.attention: claimed weights are off by more than their tolerance", hint=HINT
-            )
-        return tile.e
+        for i in range(request.kv):
+            self._check_outputs(request.layer, u[i], products[i, :, :-1], secrets[i].w)
+        return np.asarray((u / products[:, :, -1:]).reshape(request.kv, tokens, group, d), np.float32)
 
     # -- decode beyond the prover's memory -----------------------------------------------------------------------
 
@@ -372,13 +366,13 @@ class Outsourced:
         shift = self.link.claim((kv_heads, rows), np.dtype(np.float32))
         e = decode(self.link.claim((kv_heads, share, rows), WIRE[s.exp_format]), s.exp_format)
         u = decode(self.link.claim((kv_heads, rows, d), WIRE[s.format]), s.format)
-        last = np.full(rows, share - 1)
+        visible = np.full(rows, share, np.int32)
         z = np.empty((kv_heads, rows), np.float32)
         for h in range(kv_heads):
-            secrets = self._secrets(layer, h, keys[h, :share], values[h, :share])
-            used = self._check_tile(layer, TileClaim(e[h], shift[h], request.q[h], None), secrets, last)
-            self._check_outputs(layer, u[h], used.T @ secrets.projected, secrets.w)
-            z[h] = used.sum(axis=0)
+            secrets = self._secrets(layer, h, keys[h, :share], values[h, :share], share - 1)
+            products = self._check_tile(layer, TileClaim(e[h], shift[h], request.q[h], visible), secrets)
+            self._check_outputs(layer, u[h], products[:, :-1], secrets.w)
+            z[h] = products[:, -1]
         return np.ascontiguousarray(merge(Part(shift, z, u), mine).reshape(1, heads, d))
 
     # -- the baseline ------------------------------------------------------------------------------------------
