@@ -116,10 +116,10 @@ def test_tolerances_are_kept_and_missed(model: FloatModel, tolerances: dict[str,
     tolerances["veriattn"].save(file)
     assert Tolerances.load(file) == tolerances["veriattn"]
     with pytest.raises(ModelError):
-        tolerances["veriattn"].get("9.q")
+        tolerances["veriattn"].get("9.none")
     with pytest.raises(ModelError):
         Tolerances.load(tmp_path / "none.json")
-    file.write_text(file.read_text().replace('"0.q":', '"0.q": NaN, "x":'))
+    file.write_text(file.read_text().replace('"q":', '"q": NaN, "x":'))
     with pytest.raises(ModelError):
         Tolerances.load(file)
 

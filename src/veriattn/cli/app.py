@@ -12,7 +12,7 @@ import click
 import veriattn
 from veriattn.cli.bench import bench
 from veriattn.cli.doctor import doctor
-from veriattn.cli.floatmode import calibrate
+from veriattn.cli.floatmode import calibrate, reproduce
 from veriattn.cli.generate import generate
 from veriattn.cli.models import convert, evaluate, pull
 from veriattn.cli.output import error_json, print_error, print_json
@@ -39,7 +39,7 @@ def app() -> None:
     """
 
 
-for command in (pull, convert, generate, evaluate, redteam, serve, api_key, receipt, bench, doctor, calibrate):
+for command in (pull, convert, generate, evaluate, redteam, serve, api_key, receipt, bench, doctor, calibrate, reproduce):
     app.add_command(command)
 
 

@@ -1,4 +1,4 @@
-"""`calibrate`, and what `generate` does with `--numerics float`: the paper's system in floating point."""
+"""`calibrate`, `reproduce`, and what `generate` does with `--numerics float`: the paper's system in floating point."""
 
 from __future__ import annotations
 
@@ -12,10 +12,9 @@ import click
 
 from veriattn.cli.output import Progress, TextStream, error_json, json_option, note, print_error, print_json
 from veriattn.convert.sources import open_source
-from veriattn.engine.text import TextCodec
 from veriattn.errors import ModelError, UsageError, VeriattnError
-from veriattn.floatmode.calibrate import calibrate_and_save
-from veriattn.floatmode.engine import FloatConfig, FloatModel, open_checked, run_json, tolerance_file
+from veriattn.floatmode.calibrate import calibrate_and_save, calibration_prompts
+from veriattn.floatmode.engine import FloatConfig, FloatModel, codec_of, open_checked, run_json, tolerance_file
 from veriattn.floatmode.params import FORMATS, GUARANTEE, NOTICE, CheckParams
 from veriattn.home import resolve_model, sources_directory
 from veriattn.spec.modelfile import MANIFEST_FILE
@@ -61,7 +60,7 @@ def check_options(function: Any) -> Any:
             click.option("--n-a", type=int, default=16, show_default=True, help="Coefficients are drawn from 1..N."),
             click.option("--tau-a", type=int, default=1, show_default=True, help="Coefficient vectors."),
             click.option("--tau-g", type=int, default=8, show_default=True, help="Gaussian factors per log-product."),
-            click.option("--repetitions", type=int, default=2, show_default=True, help="Gaussian vectors per product."),
+            click.option("--repetitions", type=int, default=3, show_default=True, help="Gaussian vectors per product."),
             click.option("--tolerance-factor", type=float, default=2.0, show_default=True,
                          help="Tolerance over the largest clean residual."),
         ]
@@ -91,13 +90,6 @@ def float_config(strategy: str, options: dict[str, Any], **more: Any) -> FloatCo
     )
 
 
-def _codec(source: Any) -> TextCodec:
-    s = source.special
-    return TextCodec(
-        source.tokenizer_json(), source.chat_template(), s.bos_id, s.eos_ids, s.add_bos, source.config.vocab_size
-    )
-
-
 @click.command()
 @click.option("-m", "--model", required=True, metavar="SRC", help="A float checkpoint, or a pulled name.")
 @click.option("--strategy", type=click.Choice(["veriattn", "tsdp"]), default="veriattn", show_default=True,
@@ -119,14 +111,13 @@ def calibrate(model: str, strategy: str, text: Path | None, as_json: bool, **opt
     """
     config = float_config(strategy, options)
     source = open_source(find_source(model))
-    codec = _codec(source)
+    codec = codec_of(source)
     try:
         ids = codec.encode((text or _TEXT).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise ModelError(f"cannot read {text} as UTF-8 text", hint=str(error)) from error
     count = options["prompt_tokens"]
-    # One long prompt, one short: residuals of both prefill and decode at several lengths.
-    prompts = [ids[:count], ids[count : count + max(1, count // 8)] or ids[:1]]
+    prompts = calibration_prompts(ids, count)
     progress = Progress()
     try:
         result = calibrate_and_save(
@@ -139,14 +130,13 @@ def calibrate(model: str, strategy: str, text: Path | None, as_json: bool, **opt
     finally:
         progress.close()
     path = tolerance_file(result.digest, config)
-    largest = {kind: max(v for k, v in result.values.items() if k.endswith(f".{kind}"))
-               for kind in sorted({k.split(".")[1] for k in result.values})}  # fmt: skip
+    values = dict(sorted(result.values.items()))
     data = {"path": str(path), "model_digest": result.digest, "guarantee": GUARANTEE, "notice": NOTICE,
-            "max_tokens": result.max_tokens, "largest": largest}  # fmt: skip
+            "max_tokens": result.max_tokens, "tolerances": values}  # fmt: skip
     if as_json:
         print_json(data)
         return
-    click.echo(f"{path}\n" + "\n".join(f"{kind:8} {value:.3e}" for kind, value in largest.items()))
+    click.echo(f"{path}\n" + "\n".join(f"{kind:8} {value:.3e}" for kind, value in values.items()))
     note(NOTICE)
 
 
@@ -159,7 +149,7 @@ def generate_float(model: str, prompts: list[str], options: dict[str, Any], *, s
     command = options["prover_command"]
     config = float_config(strategy, options, prover_command=None if command is None else tuple(shlex.split(command)))
     source = open_source(find_source(model))
-    codec, began = _codec(source), time.perf_counter()
+    codec, began = codec_of(source), time.perf_counter()
     stream, results = TextStream(MARK if strategy != "full-tee" else "", to_stderr=as_json), []
     failed: VeriattnError | None = None
     with open_checked(FloatModel(source), config) as session:
@@ -197,3 +187,50 @@ def generate_float(model: str, prompts: list[str], options: dict[str, Any], *, s
     if as_json:
         print_json({**data, "model": {"name": model, "path": str(source.path), "digest": source.digest()}})
     return 0 if failed is None else failed.exit_code
+
+
+@click.command()
+@click.argument("what", type=click.Choice(["table1", "table2", "lemmas", "underflow", "attacks", "published"]))
+@click.option("-m", "--model", metavar="SRC", help="A float checkpoint or a pulled name.")
+@click.option("--exact-model", type=click.Path(path_type=Path, exists=True, file_okay=False), metavar="DIR",
+              help="attacks: the same ones on exact numerics with this canonical model.")  # fmt: skip
+@click.option("--out", type=click.Path(path_type=Path, file_okay=False), default=Path("paper-results"),
+              show_default=True, help="Where JSON and plot go.")  # fmt: skip
+@click.option("--text", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE",
+              help="Text for activations and calibration.  [default: one that ships]")  # fmt: skip
+@click.option("--trials", type=click.IntRange(1), default=1000, show_default=True, help="Of each kind.")
+@json_option
+def reproduce(
+    what: str, model: str | None, exact_model: Path | None, out: Path, text: Path | None, trials: int, as_json: bool
+) -> None:
+    """Measure on this machine what the paper measured, or attack its tolerances; writes JSON and a plot.
+
+    \b
+    table1     check beside recompute; detections and false rejects over faulty and clean trials
+    table2     top-1 agreement and logit differences against the float reference
+    lemmas     measured false accepts beside the bounds of both lemmas
+    underflow  score ranges at which half precision rejects honest rows
+    attacks    what adaptive provers can change unnoticed
+    published  figures of proof systems, with sources
+
+    \b
+    Example:
+      veriattn reproduce table1 -m smollm2 --trials 1000
+      veriattn reproduce lemmas --out results
+    """
+    # Experiments and attacks have no business in the process of any other command.
+    from veriattn.floatmode.reproduce import run  # noqa: PLC0415
+
+    try:
+        content = (text or _TEXT).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ModelError(f"cannot read {text} as UTF-8 text", hint=str(error)) from error
+    result = run(
+        what, out, source=None if model is None else find_source(model), exact_model=exact_model, trials=trials,
+        text=content, note=note,
+    )  # fmt: skip
+    if as_json:
+        print_json(result)
+    else:
+        click.echo(f"{result['file']}\n{result['plot'] or 'no plot: matplotlib is not installed (the bench extra)'}")
+    note(NOTICE)

@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 from veriattn.errors import ModelError, UsageError
 from veriattn.floatmode.engine import FloatConfig, FloatModel, FloatSession, tolerance_file
 from veriattn.floatmode.params import Tolerances
 from veriattn.floatmode.trusted import recording
+
+STARTS, START_TOKENS = 10, 8
+
+
+def calibration_prompts(ids: Sequence[int], tokens: int) -> list[list[int]]:
+    """A long prompt, one of an eighth, and many beginnings: the first token of a sequence carries the largest activations,
+    which differ from token to token, and a tolerance is the residual of the worst row.
+    """
+    ids = list(ids)
+    prompts = [ids[:tokens], ids[tokens : tokens + max(1, tokens // 8)] or ids[:1]]
+    step = max(1, len(ids) // STARTS)
+    return prompts + [ids[at : at + START_TOKENS] for at in range(0, len(ids), step)][:STARTS]
 
 
 def calibrate(
@@ -18,7 +29,8 @@ def calibrate(
     max_tokens: int,
     progress: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> Tolerances:
-    """Run the prompts, each with `max_tokens` of decoding, `calibration_runs` times over; the prover is taken to be clean.
+    """Run the prompts `calibration_runs` times over, the first two with `max_tokens` of decoding; the prover is taken to be
+    clean.
 
     Trust: the prover must be honest here. One that is not makes its own tolerance wide: calibrate where you trust it.
     Raises: ModelError where an honest claim was not finite or out of range (float16).
@@ -39,8 +51,8 @@ def calibrate(
 
     with FloatSession(model, config, judge, secret_sets=runs) as session:
         for run in range(runs):
-            for prompt in prompts:
-                for _ in session.generate(prompt, max_tokens):
+            for number, prompt in enumerate(prompts):
+                for _ in session.generate(prompt, max_tokens if number < 2 else 1):
                     longest = max(longest, session.ops.length)
                     if refused:
                         raise ModelError(
@@ -65,5 +77,5 @@ def calibrate_and_save(
 ) -> Tolerances:
     """`calibrate`, stored under the model's digest."""
     tolerances = calibrate(model, config, prompts, max_tokens, progress)
-    tolerances.save(tolerance_file(tolerances.digest, replace(config)))
+    tolerances.save(tolerance_file(tolerances.digest, config))
     return tolerances

@@ -23,8 +23,10 @@ from veriattn.convert.float_reference import (
     rms_norm,
     rotary_tables,
 )
+from veriattn.engine.text import TextCodec
 from veriattn.errors import ProverFault, UsageError
 from veriattn.floatmode.checks import generator
+from veriattn.floatmode.formats import rounded
 from veriattn.floatmode.link import FloatLink, Frame
 from veriattn.floatmode.params import GUARANTEE, NOTICE, CheckParams, Format, Tolerances
 from veriattn.floatmode.requests import DEVICE_BYTES, LINEARS, Hello, Shift
@@ -80,6 +82,14 @@ def tolerance_file(digest: str, config: FloatConfig) -> Path:
     return state_directory() / "tolerances" / digest[:32] / f"{config.strategy}-{config.format}-{name}.json"
 
 
+def codec_of(source: Source) -> TextCodec:
+    """The checkpoint's tokenizer and chat template."""
+    s = source.special
+    return TextCodec(
+        source.tokenizer_json(), source.chat_template(), s.bos_id, s.eos_ids, s.add_bos, source.config.vocab_size
+    )
+
+
 class ModelOps(Protocol):
     """`FloatOps` for a sequence, layer by layer."""
 
@@ -133,7 +143,7 @@ class FloatModel:
             {n: source.tensor(f"layers.{layer}.{n}") for n in names} for layer in range(self.config.num_layers)
         ]
         self._embed = source.tensor("embed")
-        self._norm = source.tensor("final_norm")
+        self.norm = source.tensor("final_norm")
         self._kept: dict[tuple[int, str], F32] = {}
 
     def weight(self, layer: int, name: str) -> F32:
@@ -161,9 +171,25 @@ class FloatModel:
             ops.layer = layer
             x = decoder_layer(self.config, ops, vectors, layer, x, cos, sin)
         ops.layer = self.config.num_layers
-        logits = ops.linear("lm_head", rms_norm(x[-1:], self._norm, self.config.rms_eps))[0]
+        logits = ops.linear("lm_head", rms_norm(x[-1:], self.norm, self.config.rms_eps))[0]
         ops.advance(len(ids))
         return np.asarray(logits)
+
+
+def linear_secrets(
+    model: FloatModel, config: FloatConfig, rng: np.random.Generator, sets: int = 1
+) -> list[dict[tuple[int, str], LinearSecrets]]:
+    """Vectors for every weight matrix, `sets` times over, in one pass over the weights as the prover's format has them."""
+    count = config.params.repetitions
+    places = [(layer, name) for layer in range(model.config.num_layers) for name in LINEARS[:-1]]
+    places.append((model.config.num_layers, "lm_head"))
+    all_sets: list[dict[tuple[int, str], LinearSecrets]] = [{} for _ in range(sets)]
+    for place in places:
+        drawn = LinearSecrets.draw(rng, rounded(model.weight(*place), config.format), count * sets)
+        for i, out in enumerate(all_sets):
+            part = slice(i * count, (i + 1) * count)
+            out[place] = LinearSecrets(np.ascontiguousarray(drawn.w[:, part]), np.ascontiguousarray(drawn.u[:, part]))
+    return all_sets
 
 
 class FloatSession:
@@ -200,7 +226,7 @@ class FloatSession:
                 config.kv_tokens,
             )  # fmt: skip
             self.link.send(Frame.HELLO, hello.encode())
-            self._secret_sets = self._linear_secrets(generator(), secret_sets)
+            self._secret_sets = linear_secrets(model, config, generator(), secret_sets)
             device = self.link.claim((DEVICE_BYTES,), np.dtype(np.uint8), Frame.READY)
             self.device = device.tobytes().rstrip(b"\0").decode("ascii", "replace")
             setting = Setting(
@@ -212,20 +238,6 @@ class FloatSession:
             self._explain(error)
             self.close()
             raise
-
-    def _linear_secrets(self, rng: np.random.Generator, sets: int) -> list[dict[tuple[int, str], LinearSecrets]]:
-        model, count = self.model, self.config.params.repetitions
-        places = [(layer, name) for layer in range(model.config.num_layers) for name in LINEARS[:-1]]
-        places.append((model.config.num_layers, "lm_head"))
-        all_sets: list[dict[tuple[int, str], LinearSecrets]] = [{} for _ in range(sets)]
-        for place in places:
-            drawn = LinearSecrets.draw(rng, model.weight(*place), count * sets)
-            for i, out in enumerate(all_sets):
-                part = slice(i * count, (i + 1) * count)
-                out[place] = LinearSecrets(
-                    np.ascontiguousarray(drawn.w[:, part]), np.ascontiguousarray(drawn.u[:, part])
-                )
-        return all_sets
 
     def next_secrets(self) -> None:
         """Go on with the next set of vectors for weight matrices; the last one stays."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -95,35 +96,41 @@ class FloatProver:
         yield "outputs", a.concat(outputs)
 
 
-def serve(link: FloatLink, make: Any = FloatProver) -> None:
+def answers(prover: FloatProver, kind: Frame, payload: bytes) -> Iterator[Array]:
+    """The claims that a request asks for, one after the other. Raises: BadRequest."""
+    hello, config, claim = prover.hello, prover.config, prover.arithmetic.claim
+    if kind is Frame.RESET:
+        prover.reset()
+    elif kind is Frame.LINEAR:
+        yield claim(prover.linear(Linear.decode(payload)), hello.format)
+    elif kind is Frame.ATTEND:
+        for what, *values in prover.attend(Attend.decode(payload, config)):
+            if what == "tile":
+                yield np.ascontiguousarray(values[0], np.float32)
+                yield claim(values[1], hello.exp_format)
+            else:
+                yield claim(values[0], hello.format)
+    elif kind is Frame.SCORES:
+        yield claim(prover.scores(Attend.decode(payload, config)), hello.format)
+    elif kind is Frame.VALUES:
+        request = Values.decode(payload, config.num_kv_heads, config.num_heads // config.num_kv_heads)
+        yield claim(prover.values(request.p), hello.format)
+    else:
+        raise BadRequest(f"{kind.name} is no request")
+
+
+def serve(link: FloatLink, make: Callable[[Source, Hello], FloatProver] = FloatProver) -> None:
     """Answer requests until the trusted side goes away. Raises: VeriattnError, BadRequest."""
     kind, payload = link.request()
     if kind is not Frame.HELLO:
         raise BadRequest("the first frame is no HELLO")
     hello = Hello.decode(payload)
-    prover: FloatProver = make(open_source(Path(hello.path)), hello)
-    config, claim = prover.config, prover.arithmetic.claim
+    prover = make(open_source(Path(hello.path)), hello)
     link.send(Frame.READY, prover.arithmetic.device.encode()[:DEVICE_BYTES].ljust(DEVICE_BYTES, b"\0"))
     while True:
         kind, payload = link.request()
-        if kind is Frame.RESET:
-            prover.reset()
-        elif kind is Frame.LINEAR:
-            link.send(Frame.CLAIM, claim(prover.linear(Linear.decode(payload)), hello.format))
-        elif kind is Frame.ATTEND:
-            for what, *values in prover.attend(Attend.decode(payload, config)):
-                if what == "tile":
-                    link.send(Frame.CLAIM, np.ascontiguousarray(values[0], np.float32))
-                    link.send(Frame.CLAIM, claim(values[1], hello.exp_format))
-                else:
-                    link.send(Frame.CLAIM, claim(values[0], hello.format))
-        elif kind is Frame.SCORES:
-            link.send(Frame.CLAIM, claim(prover.scores(Attend.decode(payload, config)), hello.format))
-        elif kind is Frame.VALUES:
-            request = Values.decode(payload, config.num_kv_heads, config.num_heads // config.num_kv_heads)
-            link.send(Frame.CLAIM, claim(prover.values(request.p), hello.format))
-        else:
-            raise BadRequest(f"{kind.name} is no request")
+        for claim in answers(prover, kind, payload):
+            link.send(Frame.CLAIM, claim)
 
 
 def main() -> int:

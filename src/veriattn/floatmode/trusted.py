@@ -23,9 +23,9 @@ from veriattn.floatmode.checks import (
     lp_residuals,
     lp_worst,
 )
-from veriattn.floatmode.formats import WIRE, decode
+from veriattn.floatmode.formats import WIRE, decode, rounded
 from veriattn.floatmode.link import FloatLink, Frame
-from veriattn.floatmode.params import CheckParams, Format
+from veriattn.floatmode.params import CheckParams, Format, kind_of
 from veriattn.floatmode.requests import Attend, Linear, Shift, Values, tile_mask
 from veriattn.verifier.tiling import Tiling
 
@@ -205,11 +205,15 @@ class Outsourced:
         """All layers have taken the tokens."""
         self._cache.length += tokens
 
+    def rewind(self, tokens: int) -> None:
+        """Forget the last tokens; what comes next takes their places. Only with fresh challenges."""
+        self._cache.length -= tokens
+
     # -- linears -----------------------------------------------------------------------------------------------
 
     def linear(self, name: str, x: F32) -> F32:
         """See `FloatOps.linear`: asked of the prover, checked by GVFAVeriMM."""
-        x = np.ascontiguousarray(x, np.float32)
+        x = rounded(x, self.setting.format)
         secrets = self.linears[self.layer, name]
         self.link.send(Frame.LINEAR, *Linear(self.layer, name, x).parts())
         fmt = self.setting.format
@@ -228,6 +232,8 @@ class Outsourced:
     def attention(self, layer: int, q: F32, k: F32, v: F32) -> F32:
         """See `FloatOps.attention`."""
         start = time.perf_counter()
+        # Both sides start from the same values, which the format has.
+        q, k, v = (rounded(x, self.setting.format) for x in (q, k, v))
         keys, values = self._cache.append(layer, k, v)
         if self.strategy == "tsdp":
             out = self._by_scores(layer, q, k, v, keys, values)
@@ -400,6 +406,7 @@ class Outsourced:
         p -= p.max(axis=1, keepdims=True)
         np.exp(p, out=p)
         p /= p.sum(axis=1, keepdims=True)
+        p = rounded(p, s.format)
         self.link.send(Frame.VALUES, *Values(layer, tokens, p).parts())
         o = decode(self.link.claim((kv_heads, tokens * group, d), WIRE[s.format]), s.format)
         wd = gaussian(self.rng, d, s.params.repetitions)
@@ -491,10 +498,11 @@ def _sender(link: FloatLink, requests: list[Attend], ahead: bool) -> Iterator[Ca
 
 
 def recording(into: dict[str, float]) -> Judge:
-    """A judge for calibration: lets everything finite pass and keeps the largest residual of every check."""
+    """A judge for calibration: lets everything finite pass and keeps the largest residual of every kind of check."""
 
     def judge(key: str, residual: float) -> bool:
-        into[key] = max(into.get(key, 0.0), residual)
+        kind = kind_of(key)
+        into[kind] = max(into.get(kind, 0.0), residual)
         return residual < float("inf")
 
     return judge
