@@ -70,7 +70,7 @@ def _prefill() -> dict[str, dict[str, float]]:
     weights = recompute_weights(head.q, head.k, GROUP, fastest)
     outputs = best(lambda: [e @ head.v[: e.shape[1]] for e in weights], 3)
     made = [claims(head, lo, lo + CHECK_TILE, "float32", "float32") for lo in range(0, PREFILL, CHECK_TILE)]
-    u = np.concatenate([c.u[0] for c in made])
+    u = np.concatenate([c.u for c in made])
     secrets = AttentionSecrets.draw(rng, head.k, head.v, 0, params)
 
     def check_weights() -> None:
@@ -119,7 +119,7 @@ def _decode() -> dict[str, dict[str, float]]:
             else:
                 projected = s.projected
                 _ = head.v[last] @ s.w
-            gvfa_residual(c.u[0], s.w, (c.tile.e.T @ projected)[:, :-1])
+            gvfa_residual(c.u, s.w, (c.tile.e.T @ projected)[:, :-1])
 
     out = {
         "decode exp": {"check": best(lambda: check_weights(False)), "recompute": best(recompute)},
@@ -143,13 +143,13 @@ def residuals(
     params = CheckParams()
     c = claims(head, lo, hi, *formats)
     if fault != "none":
-        x = c.tile.e if fault == "exp" else c.u[0]
+        x = c.tile.e if fault == "exp" else c.u
         row = int(rng.integers(x.shape[1] if fault == "exp" else x.shape[0]))
         at = (int(rng.integers(c.tile.visible[row])), row) if fault == "exp" else (row, int(rng.integers(x.shape[1])))
         x[at] += np.float32(rng.choice((-0.01, 0.01)) * max(1.0, abs(float(x[at]))))
     secrets = AttentionSecrets.draw(rng, head.k[:hi], head.v[:hi], lo, params)
     worst = max(lp_worst(r, rng, params.tau_g) for r in secrets.residuals(c.tile, head.k.shape[1] ** -0.5))
-    return worst, gvfa_residual(c.u[0], secrets.w, secrets.outputs(c.tile)[:, :-1])
+    return worst, gvfa_residual(c.u, secrets.w, secrets.outputs(c.tile)[:, :-1])
 
 
 def trials(heads: list[Head], formats: tuple[Format, Format], count: int) -> dict[str, dict[str, Any]]:
