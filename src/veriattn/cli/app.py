@@ -39,7 +39,9 @@ def app() -> None:
     """
 
 
-for command in (pull, convert, generate, evaluate, redteam, serve, api_key, receipt, bench, doctor, calibrate, reproduce):
+for command in (pull, convert, generate, evaluate, redteam, serve, api_key, receipt, bench, doctor):
+    app.add_command(command)
+for command in (calibrate, reproduce):
     app.add_command(command)
 
 
