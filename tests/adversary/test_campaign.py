@@ -36,6 +36,11 @@ def test_random_faults_of_every_kind_are_detected(model_path: Path) -> None:
         code = "attention_mismatch" if name.endswith(("scores", "attention")) else "freivalds_mismatch"
         assert tally["codes"] == {code: 20}, name
     assert result["honest"]["checks"] > 10_000
+    assert result["honest"]["runs"] >= 280
+    for split, names in (("strategies", {"run-ahead", "veriattn", "tsdp"}), ("links", {"memfd", "tcp"})):
+        assert set(result[split]) == names
+        assert all(t["trials"] == t["detections"] > 10 for t in result[split].values())
+        assert sum(t["trials"] for t in result[split].values()) == 280
 
 
 def test_named_attacks_by_pattern(model_path: Path) -> None:

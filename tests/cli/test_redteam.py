@@ -36,7 +36,9 @@ def test_a_miss_is_not_hidden(tiny: Path, monkeypatch: pytest.MonkeyPatch, as_js
     def run(*_: object) -> dict[str, Any]:
         return {
             "attacks": {"bit/o": {"trials": 2, "detections": 1, "redrawn": 0, "codes": {"ok": 1, "freivalds_mismatch": 1}}},
-            "honest": {"sessions": 1, "checks": 9, "false_rejects": 0},
+            "strategies": {"tsdp": {"trials": 2, "detections": 1}},
+            "links": {"memfd": {"trials": 2, "detections": 1}},
+            "honest": {"sessions": 1, "runs": 1, "checks": 9, "false_rejects": 0},
             "failures": 1,
             "failure_examples": ["bit/o: accepted"],
             "ok": False,
@@ -51,4 +53,5 @@ def test_a_miss_is_not_hidden(tiny: Path, monkeypatch: pytest.MonkeyPatch, as_js
     if as_json:
         assert json.loads(done.stdout.splitlines()[-1])["error"]["exit_code"] == 1
     else:
-        assert "bit/o  1/2" in done.stdout and "FAILURE bit/o: accepted" in done.stdout
+        assert "bit/o  1/2" in done.stdout and "tsdp 1/2\nmemfd 1/2\n" in done.stdout
+        assert "FAILURE bit/o: accepted" in done.stdout

@@ -103,7 +103,12 @@ def _show(result: dict[str, Any]) -> None:
     for name, tally in result["attacks"].items():
         codes = ", ".join(f"{code} {count}" for code, count in sorted(tally["codes"].items()))
         click.echo(f"{name:{width}}  {tally['detections']}/{tally['trials']}  {codes}")
+    for where in ("strategies", "links"):
+        click.echo(", ".join(f"{n} {t['detections']}/{t['trials']}" for n, t in result[where].items()))
     honest = result["honest"]
-    click.echo(f"honest: {honest['sessions']} sessions, {honest['checks']} checks, {honest['false_rejects']} rejected")
+    click.echo(
+        f"honest: {honest['runs']} runs in {honest['sessions']} sessions, {honest['checks']} checks, "
+        f"{honest['false_rejects']} rejected"
+    )
     for example in result["failure_examples"]:
         click.echo(f"FAILURE {example}")

@@ -19,6 +19,7 @@ from veriattn.redteam.catalogue import (
     TIMEOUT,
     Case,
     Setup,
+    boundary_cases,
     catalogue,
     claim_kinds,
     claim_name,
@@ -37,11 +38,15 @@ _SETUP_WEIGHTS = {
     "run-ahead-replay": 0.3, "run-ahead-transfer": 0.3, "veriattn-replay": 0.07, "veriattn-transfer": 0.07, "tsdp": 0.07,
     "run-ahead-split": 0.07, "veriattn-split": 0.06, "tsdp-split": 0.06,
 }  # fmt: skip
-_HONEST_EVERY = 10
+_HONEST_EVERY, _HONEST_RUNS = 10, 10  # an honest session every so many trials, which runs the script so many times
+_TCP_SHARE = 0.25
+_LINKS = ("memfd", "tcp")
 _MAX_REDRAWS = 50
 _MAX_PROBLEMS = 20
 _PATIENCE_S = 120.0
 _LARGE_ROW_BYTES = 64 * 1024
+
+_BOUNDARY = frozenset(case.name for case in boundary_cases())
 
 Progress = Callable[[int, int], None]
 
@@ -139,49 +144,60 @@ class Campaign:
         self.script = Script.make(model, seed)
         self.faults = RandomFaults(self.config, self.script, self._rng)
         self.attacks: dict[str, Tally] = {}
+        self.strategies: dict[str, Tally] = {}
         self.problems: list[str] = []
-        self.honest_sessions = self.honest_checks = self.false_rejects = 0
+        self.links = {link: Tally() for link in _LINKS}
+        self.honest_sessions = self.honest_runs = self.honest_checks = self.false_rejects = 0
         row_bytes = 4 * self.config.vocab_size
         self._geometry = GEOMETRY if row_bytes < _LARGE_ROW_BYTES else RingGeometry(65536, 4, 64)
         started = time.monotonic()
         for setup in SETUPS:
-            self.honest(setup)
+            for link in _LINKS:
+                self.honest(setup, link, 1)
         if self.problems:
             raise InternalError(f"untampered twins fail: {self.problems[0]}")
-        self._timeout_s = 1.5 + (time.monotonic() - started)
+        self._timeout_s = 1.5 + (time.monotonic() - started) / len(_LINKS)
 
-    def honest(self, name: str | None = None) -> None:
-        """An untampered twin: everything must pass."""
+    def _draw_link(self) -> str:
+        return _LINKS[int(self._rng.random() < _TCP_SHARE)]
+
+    def honest(self, name: str | None = None, link: str | None = None, runs: int = _HONEST_RUNS) -> None:
+        """Untampered twins, `runs` in a session: everything must pass."""
         setup = SETUPS[name or str(self._rng.choice(list(SETUPS)))]
-        outcome = self._run(Attack(), setup, _PATIENCE_S)
+        link = link or self._draw_link()
+        outcome = self._run(Attack(), setup, _PATIENCE_S, link, runs)
         self.honest_sessions += 1
+        self.honest_runs += runs
         self.honest_checks += outcome.checks
-        if outcome.code != "ok" or outcome.steps != SCRIPT_STEPS or outcome.problems or outcome.applied is not None:
+        steps = SCRIPT_STEPS * runs
+        if outcome.code != "ok" or outcome.steps != steps or outcome.problems or outcome.applied is not None:
             self.false_rejects += 1
-            self._note(f"honest {setup}: {outcome.code} {outcome.message} {outcome.problems}")
+            self._note(f"honest {setup} over {link}: {outcome.code} {outcome.message} {outcome.problems}")
 
     def attack(self, case: Case, redraw: Callable[[], Case] | None = None) -> None:
         """One trial that counts; drawn again where the lie changes no byte."""
         tally = self.attacks.setdefault(case.name, Tally())
+        link = "memfd" if case.name in _BOUNDARY else self._draw_link()  # TCP has no segment to attack
         for _ in range(_MAX_REDRAWS):
             patience_s = self._timeout_s if TIMEOUT in case.codes else _PATIENCE_S
-            outcome = self._run(case.attack, Setup(case.flow, case.check, case.limit), patience_s)
+            outcome = self._run(case.attack, Setup(case.flow, case.check, case.limit), patience_s, link)
             unchanged = not outcome.applied and case.applied and outcome.code == "ok" and not outcome.problems
             if redraw is None or not unchanged:
                 break
             tally.redrawn += 1
             case = redraw()
-        tally.trials += 1
-        tally.codes[outcome.code] = tally.codes.get(outcome.code, 0) + 1
         wrong = judge(case, outcome)
-        if wrong is None:
-            tally.detections += outcome.code != "ok"
-        else:
-            self._note(f"{case.name}: {wrong} ({case.flow.value}, {case.attack.to_json()}, {outcome.message})")
+        for each in (tally, self.links[link], self.strategies.setdefault(case.flow.value, Tally())):
+            each.trials += 1
+            each.codes[outcome.code] = each.codes.get(outcome.code, 0) + 1
+            each.detections += wrong is None and outcome.code != "ok"
+        if wrong is not None:
+            self._note(f"{case.name}: {wrong} ({case.flow.value}, {link}, {case.attack.to_json()}, {outcome.message})")
 
-    def _run(self, attack: Attack, setup: Setup, timeout_s: float) -> Outcome:
+    def _run(self, attack: Attack, setup: Setup, timeout_s: float, link: str, runs: int = 1) -> Outcome:
+        geometry = self._geometry if link == "memfd" else None
         return run_trial(
-            self.model, self.pool, self.script, attack, setup.check, timeout_s, setup.flow, self._geometry, setup.limit
+            self.model, self.pool, self.script, attack, setup.check, timeout_s, setup.flow, geometry, setup.limit, runs
         )
 
     def _note(self, problem: str) -> None:
@@ -191,10 +207,13 @@ class Campaign:
         """For `--json`. Attacks that the verifier must shrug off have the code "ok" and no detections."""
         return {
             "attacks": {name: vars(tally) for name, tally in sorted(self.attacks.items())},
+            "strategies": {name: vars(tally) for name, tally in sorted(self.strategies.items())},
+            "links": {name: vars(tally) for name, tally in self.links.items()},
             "trials": sum(t.trials for t in self.attacks.values()),
             "detections": sum(t.detections for t in self.attacks.values()),
             "honest": {
                 "sessions": self.honest_sessions,
+                "runs": self.honest_runs,
                 "checks": self.honest_checks,
                 "false_rejects": self.false_rejects,
             },
@@ -221,7 +240,8 @@ def run(
     attacks: patterns of names (`bit/*`, `element/lm_head`, `header_*`); where no pattern names a random fault, `trials` is the
     number of named attacks, in turn. progress: called with (done, total).
 
-    Returns: attacks {name: {trials, detections, redrawn, codes}}, honest {sessions, checks, false_rejects}, failures, ok.
+    Returns: attacks {name: {trials, detections, redrawn, codes}}, strategies and links (the same, by flow and by link),
+    honest {sessions, runs, checks, false_rejects}, failures, ok.
     A failure is a lie that was not met by its error, an error without a lie, anything released from a bad step, or a
     false reject.
     Raises: ModelError; UsageError (no such attack); ProverUnavailable.

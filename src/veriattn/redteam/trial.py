@@ -29,6 +29,7 @@ class Script:
 
     batches: tuple[Batch, ...]
     expected: tuple[F32, ...]
+    left: tuple[int, ...] = (0, 2)  # sequences that are still there at the end
 
     @classmethod
     def make(cls, model: VerifierModel, seed: int, prompt: int = PROMPT) -> Script:
@@ -82,8 +83,12 @@ def run_trial(
     flow: Flow = Flow.RUN_AHEAD,
     geometry: RingGeometry | None = GEOMETRY,
     limit: int | None = None,
+    runs: int = 1,
 ) -> Outcome:
-    """Run the script until it ends or the session does. Problems: wrong logits, or a session that lives after an error."""
+    """Run the script, `runs` times, until it ends or the session does. geometry: None for a link over TCP.
+
+    Problems: wrong logits, or a session that lives after an error.
+    """
     config = SessionConfig(
         max_tokens_per_step=1024,
         attention_check=check,
@@ -98,10 +103,13 @@ def run_trial(
     problems: list[str] = []
     try:
         session = Session(model, pool.launcher(attack, geometry, timeout_s), config, flow)
-        for number, batch in enumerate(script.batches):
-            if number == FREE_BEFORE:
-                session.free(FREED)
-            released.append(session.run(batch))
+        for _ in range(runs):
+            for number, batch in enumerate(script.batches):
+                if number == FREE_BEFORE:
+                    session.free(FREED)
+                released.append(session.run(batch))
+            for seq_id in script.left:
+                session.free(seq_id)
     except VeriattnError as e:
         code, message = e.code, f"{e} {e.hint or ''}"
         if session is not None:
@@ -113,7 +121,7 @@ def run_trial(
     if prover is None:
         raise InternalError("no prover was started")
     reports = prover.reports()
-    problems += _wrong(released, script.expected)
+    problems += _wrong(released, script.expected * runs)
     counts = session.stats.checks if session is not None else None
     return Outcome(
         code,
