@@ -46,6 +46,7 @@ class Plan:
     steps: int = 5
     rates_seconds: float = 4.0
     model_dir: Path | None = None
+    numerics: str = "exact"
 
     def check(self) -> None:
         """Raises: UsageError for what can never run."""
@@ -62,6 +63,11 @@ class Plan:
             raise UsageError(
                 "several offload ratios need --prover-kv-tokens and strategies that share attention",
                 hint="--prover-kv-tokens 0 --strategies veriattn",
+            )
+        if self.numerics != "exact" and (self.ratios or self.batches != (1,) or self.setup.emulate_link is not None):
+            raise UsageError(
+                "floating point is measured with one sequence, without a sweep, over the link as it is",
+                hint="--batch 1, without --emulate-link",
             )
         if max(self.batches, default=0) > 64 or min(self.batches, default=0) < 1:
             raise UsageError("--batch takes sizes from 1 to 64")
@@ -100,7 +106,7 @@ def run(plan: Plan, progress: Progress) -> tuple[list[Point], Rates]:
         )
         set_threads(plan.threads)
         models, points = Models(path), []
-        for strategy in plan.strategies:
+        for strategy in plan.strategies if plan.numerics != "float" else ():
             progress(f"{strategy}: reading the model, starting the prover")
             setup = dataclasses.replace(plan.setup, batch=max(plan.batches))
             runner = StrategyRunner(strategy, models, setup)
@@ -108,7 +114,46 @@ def run(plan: Plan, progress: Progress) -> tuple[list[Point], Rates]:
                 points += list(_points(plan, config, runner, rates, progress))
             finally:
                 runner.close()
+    if plan.numerics != "exact":
+        points += _float_points(plan, config, progress)
     return points, rates
+
+
+def _float_points(plan: Plan, config: ModelConfig, progress: Progress) -> list[Point]:
+    """The paper's system in floating point (docs/paper-mode.md), on random weights of the same shape. No floor is known."""
+    # Only where it is asked for: nothing of the exact system rests on it.
+    from veriattn.floatmode.bench import FloatRunner, write_random_checkpoint  # noqa: PLC0415
+    from veriattn.floatmode.engine import STRATEGIES as FLOAT_STRATEGIES  # noqa: PLC0415
+
+    points = []
+    conditions = plan.conditions()
+    layers, full = conditions.layers, conditions.model_layers
+    with tempfile.TemporaryDirectory(prefix="veriattn-bench-") as temporary:
+        Path(temporary).chmod(0o755)
+        path = Path(temporary) / "float"
+        progress(f"writing random float16 weights: {plan.shape}, {config.num_layers} layer(s)")
+        write_random_checkpoint(path, config)
+        for strategy in FLOAT_STRATEGIES:
+            if strategy not in plan.strategies:
+                continue
+            progress(f"{strategy} in floating point: reading the model, starting the prover")
+            runner = FloatRunner(strategy, path, plan.setup)
+            try:
+                decoding = measure.Decoding(runner, 1, config.vocab_size)
+                for length in plan.lengths:
+                    progress(f"{runner.strategy}, {length} tokens")
+                    if plan.phase == "prefill":
+                        chunk = plan.setup.prefill_chunk
+                        sample = measure.prefill(runner, length, 1, chunk, config.vocab_size, plan.steps)
+                    else:
+                        sample = measure.decode(decoding, length, plan.steps)
+                    head_s = min(sample.head_s or 0.0, sample.total_s)
+                    attention_s = None if sample.attention_s is None else sample.attention_s * full / layers
+                    seconds = scaled(sample.total_s, head_s, layers, full)
+                    points.append(Point(runner.strategy, length, 1, seconds, attention_s, NOTHING, NOTHING, sample))
+            finally:
+                runner.close()
+    return points
 
 
 @contextmanager

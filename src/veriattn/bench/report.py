@@ -127,12 +127,15 @@ def point_results(conditions: Conditions, p: Point) -> list[Result]:
     name, s = f"{conditions.prefix}.{p.name}", p.sample
     what = "ttft" if conditions.phase == "prefill" else "tpot"
     bar = p.floor.seconds / BASELINE_FRACTION if p.strategy in BASELINES else None
+    known = p.floor.seconds > 0
     results = [
         line(f"{name}.{what}", p.seconds, "s", bar=bar, met=None if bar is None else p.seconds <= bar,
-             roofline=p.floor.seconds),
+             roofline=p.floor.seconds if known else None),
     ]  # fmt: skip
     if p.attention_s is not None:
-        results.append(line(f"{name}.attention", p.attention_s, "s", roofline=p.attention_floor.seconds))
+        results.append(
+            line(f"{name}.attention", p.attention_s, "s", roofline=p.attention_floor.seconds if known else None)
+        )
     for direction in ("to_prover", "from_prover"):
         moved, paper = getattr(s.moved, direction), getattr(s.paper, direction)
         results.append(line(f"{name}.bytes_{direction}", moved, "B", roofline=paper))
@@ -231,9 +234,12 @@ def table(conditions: Conditions, points: Sequence[Point]) -> str:
             ratio = f"~{s.ratio:.2f}"
         attention = "" if p.attention_s is None else f"{p.attention_s:.4f}"
         prover_peak = "" if s.prover_peak_bytes is None else f"{s.prover_peak_bytes / 1e6:.0f}"
+        floor = f"{p.floor.seconds:10.4f}{p.floor.seconds / p.seconds:7.0%}{p.floor.limit:>8}"
+        if p.floor.seconds <= 0:
+            floor = " " * len(floor)
         lines.append(
-            f"{p.strategy:22}{p.length:7}{p.batch:6}{ratio:>7}{p.seconds:11.4f}{p.floor.seconds:10.4f}"
-            f"{p.floor.seconds / p.seconds:7.0%}{p.floor.limit:>8}{attention:>11}{s.moved.to_prover / 1e6:10.2f}"
+            f"{p.strategy:22}{p.length:7}{p.batch:6}{ratio:>7}{p.seconds:11.4f}{floor}"
+            f"{attention:>11}{s.moved.to_prover / 1e6:10.2f}"
             f"{s.moved.from_prover / 1e6:10.2f}{s.tee_cpu_s:11.4f}{_idle(s, 'verifier'):>9}{_idle(s, 'prover'):>8}"
             f"{s.tee_peak_bytes / 1e6:7.0f} MB{prover_peak:>8}{mark}"
         )

@@ -63,7 +63,7 @@ def write_random_model(path: Path, config: ModelConfig) -> str:
     for name, (dtype, size) in config.tensor_specs().items():
         writer.write(name, _tensor(name, dtype, size, config))
     return writer.finish(
-        tokenizer_json=json.dumps(_TOKENIZER),
+        tokenizer_json=json.dumps(TOKENIZER),
         chat_template=None,
         generation={"bos_id": None, "eos_ids": [], "add_bos": False},
         source={"name": "random weights for measuring"},
@@ -109,7 +109,7 @@ _MODEL: dict[str, Any] = {
     "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None, "end_of_word_suffix": None,
     "fuse_unk": False, "byte_fallback": False, "ignore_merges": False, "vocab": {"a": 0}, "merges": [],
 }  # fmt: skip
-_TOKENIZER: dict[str, Any] = {
+TOKENIZER: dict[str, Any] = {
     "version": "1.0", "truncation": None, "padding": None, "added_tokens": [], "normalizer": None,
     "pre_tokenizer": _BYTE_LEVEL, "post_processor": None, "decoder": _BYTE_LEVEL, "model": _MODEL,
 }  # fmt: skip

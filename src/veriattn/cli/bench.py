@@ -112,6 +112,8 @@ def measuring_options(lengths: str) -> Callable[[Any], Any]:
         click.option("--shape", type=click.Choice(list(SHAPES)), default="llama-8b", show_default=True,
                      help="Whose sizes the random weights have."),
         click.option("--strategies", default=",".join(STRATEGIES), metavar="A,B,...", help="Which.  [default: all]"),
+        click.option("--numerics", type=click.Choice(["exact", "float", "both"]), default="exact", show_default=True,
+                     help="float: the paper's system, checked within a tolerance (docs/paper-mode.md)."),
         click.option("--lengths", default=lengths, show_default=True, metavar="N,N,...", help="In tokens, going up."),
         click.option("--batch", "batches", default="1", show_default=True, metavar="B,B,...",
                      help="Sequences at a time."),
@@ -234,6 +236,7 @@ def _plan(phase: str, steps: int, options: dict[str, Any]) -> Plan:
         steps=steps,
         rates_seconds=options["rates_seconds"],
         model_dir=options["model_dir"],
+        numerics=options["numerics"],
     )
 
 

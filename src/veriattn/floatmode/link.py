@@ -20,6 +20,7 @@ from veriattn.wire.transport import ControlLink, Role
 
 _MAGIC = 0x3146_4156  # "VAF1"
 _HEADER = struct.Struct("<IIQQ")  # magic, kind, sequence number, payload bytes
+HEADER_BYTES = _HEADER.size
 _GREETING = b"VAF1"
 MAX_REQUEST_BYTES = 1 << 32
 

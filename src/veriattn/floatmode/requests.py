@@ -22,6 +22,7 @@ DEVICE_BYTES = 64
 _LINEAR = struct.Struct("<III")  # layer, linear, tokens
 _ATTEND = struct.Struct("<IIIIIII")  # layer, first KV head, KV heads, start, tokens, rows of a tile, streamed keys
 _VALUES = struct.Struct("<II")  # layer, tokens
+LINEAR_BYTES, ATTEND_BYTES, VALUES_BYTES = _LINEAR.size, _ATTEND.size, _VALUES.size
 
 
 @dataclass(frozen=True)
