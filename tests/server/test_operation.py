@@ -83,6 +83,36 @@ def test_a_daily_quota_of_tokens(start: Start, tmp_path: Path) -> None:
     assert statuses[-1] == 429
 
 
+def test_a_quota_of_requests_at_a_time_and_turns_between_keys(start: Start, tmp_path: Path) -> None:
+    (alice, alice_hash), (bob, bob_hash) = new_key(), new_key()
+    keys = tmp_path / "keys.toml"
+    keys.write_text(entry("alice", alice_hash, concurrent_requests=3) + entry("bob", bob_hash))
+    server = start(f"keys_file = {json.dumps(str(keys))}\n[engine]\nmax_sequences = 1\n")
+    server.order("slow")
+    ended: list[str] = []
+
+    def ask(name: str, key: str) -> None:
+        assert server.chat(max_tokens=20, ignore_eos=True, headers=bearer(key)).status_code == 200
+        ended.append(name)
+
+    threads = [threading.Thread(target=ask, args=("alice", alice)) for _ in range(3)]
+    for i, thread in enumerate(threads):
+        thread.start()
+        server.wait_metric("vllm:num_requests_running", 1)
+        server.wait_metric("vllm:num_requests_waiting", i)
+    refused = server.chat(headers=bearer(alice))
+    assert refused.status_code == 429
+    assert refused.json()["error"]["code"] == "rate_limit_exceeded"
+    threads.append(threading.Thread(target=ask, args=("bob", bob)))
+    threads[-1].start()
+    server.wait_metric("vllm:num_requests_waiting", 3)
+    server.order("")
+    for thread in threads:
+        thread.join()
+    assert ended == ["alice", "bob", "alice", "alice"]
+    assert server.chat(headers=bearer(alice)).status_code == 200
+
+
 def test_a_full_queue_says_when_to_come_back(start: Start) -> None:
     server = start("[limits]\nqueue_length = 1\n[engine]\nmax_sequences = 1\n")
     server.order("slow")

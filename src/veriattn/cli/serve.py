@@ -93,8 +93,9 @@ def serve(model: str, config: Path | None, as_json: bool, **options: Any) -> int
 @click.argument("name")
 @click.option("--requests-per-minute", type=click.IntRange(min=0), default=0, help="Quota; 0 is none.")
 @click.option("--tokens-per-day", type=click.IntRange(min=0), default=0, help="Quota; 0 is none.")
+@click.option("--concurrent-requests", type=click.IntRange(min=0), default=0, help="Quota; 0 is none.")
 @json_option
-def api_key(name: str, requests_per_minute: int, tokens_per_day: int, as_json: bool) -> int:
+def api_key(name: str, as_json: bool, **quotas: int) -> int:
     """Make an API key for the user NAME. The key goes to standard output, once; the entry for the keys file to standard error
     (`2>> keys.toml`).
 
@@ -110,8 +111,7 @@ def api_key(name: str, requests_per_minute: int, tokens_per_day: int, as_json: b
 
     key, digest = new_key()
     lines = ["[[key]]", f"id = {json.dumps(name)}", f'sha256 = "{digest}"']
-    lines += [f"requests_per_minute = {requests_per_minute}"] if requests_per_minute else []
-    lines += [f"tokens_per_day = {tokens_per_day}"] if tokens_per_day else []
+    lines += [f"{quota} = {value}" for quota, value in quotas.items() if value]
     note("\n".join([*lines, ""]))
     if as_json:
         print_json({"key": key, "sha256": digest, "entry": "\n".join(lines)})

@@ -59,7 +59,7 @@ class EngineConfig:
 
 @dataclass(frozen=True)
 class Request:
-    """What a caller asks for. `stop` strings end the text and are not part of it."""
+    """What a caller asks for. `stop` strings end the text and are not part of it. `owner`: who shares room with others."""
 
     prompt_ids: tuple[int, ...]
     params: SamplingParams = field(default_factory=SamplingParams)
@@ -68,6 +68,7 @@ class Request:
     logprobs: int | None = None
     ignore_eos: bool = False
     choice: int = 0
+    owner: str = ""
 
 
 @dataclass(frozen=True)
@@ -220,6 +221,7 @@ class Engine:
             request.params,
             min(request.max_tokens, limit - len(request.prompt_ids)),
             request.choice,
+            request.owner,
         )
         if not self._scheduler.fits(seq):
             raise UsageError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -14,13 +14,14 @@ FinishReason = Literal["stop", "length", "cancelled"]
 
 @dataclass
 class Sequence:
-    """One request's tokens. `computed` counts those whose keys and values are in the cache."""
+    """One request's tokens. `computed` counts those whose keys and values are in the cache. `owner`: whose it is."""
 
     seq_id: int
     prompt_ids: tuple[int, ...]
     params: SamplingParams
     max_tokens: int
     choice: int = 0
+    owner: str = ""
     output_ids: list[int] = field(default_factory=list)
     computed: int = 0
 
@@ -42,8 +43,11 @@ class Sequence:
 
 
 class Scheduler:
-    """First come, first served. Every running sequence that is decoding gets its token each step; what is left of the
-    step's budget goes to prompts, in order of arrival, in chunks.
+    """Every running sequence that is decoding gets its token each step; what is left of the step's budget goes to prompts, in
+    order of arrival, in chunks.
+
+    Admission: the owner with the fewest running sequences has the next turn, with its oldest request; among equals who has
+    waited longest for a turn. Who has it keeps it until there is room, so that small requests do not starve a large one.
 
     Bounds: at most max_tokens_per_step tokens and max_sequences sequences a step; the reserved tokens of admitted
     sequences stay within kv_tokens.
@@ -53,6 +57,9 @@ class Scheduler:
         self._budget, self._max_sequences, self._kv_tokens = max_tokens_per_step, max_sequences, kv_tokens
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
+        self._turn: Sequence | None = None
+        self._turns = 0
+        self._last_turn: dict[str, int] = {}
 
     def add(self, seq: Sequence) -> None:
         self.waiting.append(seq)
@@ -63,6 +70,8 @@ class Scheduler:
             self.running.remove(seq)
             return True
         self.waiting.remove(seq)
+        if self._turn is seq:
+            self._turn = None
         return False
 
     def requeue_all(self) -> None:
@@ -88,9 +97,10 @@ class Scheduler:
             tokens = seq.tokens(seq.computed, n)
             entries.append(BatchEntry(seq.seq_id, seq.computed, tokens, "last" if last else "none"))
             budget -= n
-        # Those who got their token go to the end, so that a budget smaller than the batch starves nobody.
-        served = {e.seq_id for e in entries}
-        self.running.sort(key=lambda s: s.seq_id in served and len(served) < len(self.running))
+        if len(entries) < len(decoding):
+            # Those who got their token go to the end, so that a budget smaller than the batch starves nobody.
+            served = {e.seq_id for e in entries}
+            self.running.sort(key=lambda s: s.seq_id in served)
         return Batch(tuple(entries)) if entries else None
 
     def mark_computed(self, batch: Batch) -> None:
@@ -101,8 +111,16 @@ class Scheduler:
 
     def _admit(self) -> None:
         reserved = sum(s.reserved_tokens for s in self.running)
+        held = Counter(s.owner for s in self.running)
         while self.waiting and len(self.running) < self._max_sequences:
-            reserved += self.waiting[0].reserved_tokens
+            seq = self._turn or min(self.waiting, key=lambda s: (held[s.owner], self._last_turn.get(s.owner, 0)))
+            reserved += seq.reserved_tokens
             if reserved > self._kv_tokens:
+                self._turn = seq
                 return
-            self.running.append(self.waiting.popleft())
+            self._turn = None
+            self.waiting.remove(seq)
+            self.running.append(seq)
+            held[seq.owner] += 1
+            self._turns += 1
+            self._last_turn[seq.owner] = self._turns

@@ -32,16 +32,18 @@ class KeyEntry:
     not_after: float = math.inf
     requests_per_minute: int = 0
     tokens_per_day: int = 0
+    concurrent_requests: int = 0
 
 
 @dataclass
 class _Bucket:
-    """Use of one id: a token bucket for requests, a window of a day for tokens."""
+    """Use of one id: a token bucket for requests, a window of a day for tokens, requests in progress."""
 
     requests: float = 0.0
     requests_at: float = 0.0
     tokens: int = 0
     tokens_since: float = field(default=-math.inf)
+    active: int = 0
 
 
 def new_key() -> tuple[str, str]:
@@ -95,7 +97,7 @@ def _entry(table: Any, where: str) -> KeyEntry:
     for name in ("not_before", "not_after"):
         if name in values:
             values[name] = _moment(values[name], f"{where}: {name}")
-    for name in ("requests_per_minute", "tokens_per_day"):
+    for name in ("requests_per_minute", "tokens_per_day", "concurrent_requests"):
         if type(values.get(name, 0)) is not int or values.get(name, 0) < 0:
             raise ConfigError(f"{where}: {name} must be a whole number, 0 for none")
     return KeyEntry(**values)
@@ -143,9 +145,11 @@ class KeyStore:
         return entry
 
     def charge_request(self, entry: KeyEntry) -> None:
-        """Count a request. Raises: ApiError 429 with Retry-After when a quota is used up."""
+        """Count a request, which `end_request` must follow. Raises: ApiError 429 with Retry-After when a quota is used up."""
         now = self._now()
         bucket = self._buckets.setdefault(entry.id, _Bucket(float(entry.requests_per_minute), now))
+        if entry.concurrent_requests and bucket.active >= entry.concurrent_requests:
+            raise _over("requests of this API key at a time", 1)
         if entry.tokens_per_day:
             if now - bucket.tokens_since >= _DAY_S:
                 bucket.tokens, bucket.tokens_since = 0, now
@@ -158,10 +162,12 @@ class KeyStore:
             if bucket.requests < 1:
                 raise _over("requests of this API key for the minute", (1 - bucket.requests) * _MINUTE_S / rate)
             bucket.requests -= 1
+        bucket.active += 1
 
-    def charge_tokens(self, entry: KeyEntry, tokens: int) -> None:
-        """Count tokens that were computed."""
+    def end_request(self, entry: KeyEntry, tokens: int) -> None:
+        """A request that was counted is over; tokens were computed for it."""
         if bucket := self._buckets.get(entry.id):
+            bucket.active -= 1
             bucket.tokens += tokens
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 from veriattn import __version__
@@ -119,7 +119,7 @@ class Service:
                 headers={"Retry-After": str(min(60, max(1, math.ceil(wait_s))))},
             )  # fmt: skip
         self.keys.charge_request(caller)
-        job = Job(plan.requests, asyncio.get_running_loop(), lie_after)
+        job = Job([replace(r, owner=caller.id) for r in plan.requests], asyncio.get_running_loop(), lie_after)
         self._choices += choices
         self._tokens += tokens
         self.driver.submit(job)
@@ -131,7 +131,7 @@ class Service:
             self.driver.cancel(job)
         self._choices -= len(plan.requests)
         self._tokens -= plan.reserved_tokens
-        self.keys.charge_tokens(caller, plan.prompt_tokens + completion_tokens)
+        self.keys.end_request(caller, plan.prompt_tokens + completion_tokens)
         self._job_s += 0.1 * (asyncio.get_running_loop().time() - job.submitted - self._job_s)
 
     def refuse_all(self) -> None:
