@@ -17,6 +17,7 @@
 #include "module_share.h"
 #include "pack.h"
 #include "threads.h"
+#include "wipe.h"
 
 namespace nb = nanobind;
 
@@ -594,4 +595,13 @@ NB_MODULE(_native, m) {
         set_threads(n);
     });
     m.def("get_threads", &get_threads);
+    m.def("wipe_free_memory", &wipe_free_memory);
+    m.def("wipe_blocks", [](nb::list blocks) {
+        for (nb::handle block : blocks) {
+            Py_buffer view;
+            require(PyObject_GetBuffer(block.ptr(), &view, PyBUF_WRITABLE) == 0, "not a writable block");
+            wipe_block(view.buf, (size_t)view.len);
+            PyBuffer_Release(&view);
+        }
+    });
 }

@@ -3,11 +3,13 @@
 #include <pthread.h>
 #include <sched.h>
 #include <stdlib.h>
+#include <string.h>
 
 #include <atomic>
 #include <condition_variable>
 #include <mutex>
 #include <new>
+#include <set>
 #include <thread>
 
 #if VA_X86
@@ -88,7 +90,53 @@ struct Pool {
 Pool* pool = new Pool;
 std::atomic<int> thread_count{0};
 
-void forget_workers_after_fork() { pool = new Pool; }
+// What each thread keeps between calls. Listed, so that another thread can overwrite it while no kernel runs.
+struct Buffers {
+    void* data[S_SLOTS] = {};
+    size_t size[S_SLOTS] = {};
+
+    void drop(int slot) {
+        if (data[slot]) explicit_bzero(data[slot], size[slot]);
+        free(data[slot]);
+        data[slot] = nullptr;
+        size[slot] = 0;
+    }
+};
+
+struct Registry {
+    std::mutex m;
+    std::set<Buffers*> all;
+};
+Registry* registry = new Registry;  // never destroyed, as the pool
+
+struct OwnBuffers {
+    Buffers* b = new Buffers;
+    OwnBuffers() {
+        std::lock_guard<std::mutex> lock(registry->m);
+        registry->all.insert(b);
+    }
+    ~OwnBuffers() {
+        {
+            std::lock_guard<std::mutex> lock(registry->m);
+            registry->all.erase(b);
+        }
+        for (int slot = 0; slot < S_SLOTS; slot++) b->drop(slot);
+        delete b;
+    }
+};
+
+// The lists themselves stay right in a child: only the locks may have been held by threads that it does not have.
+void forget_workers_after_fork() {
+    pool = new Pool;
+    Registry* fresh = new Registry;
+    fresh->all = registry->all;
+    registry = fresh;
+}
+
+void register_fork_handler() {
+    static const int registered = pthread_atfork(nullptr, nullptr, forget_workers_after_fork);
+    (void)registered;
+}
 
 int default_threads() {
     cpu_set_t set;
@@ -107,8 +155,7 @@ int get_threads() {
 }
 
 void parallel_for_raw(i64 n, bool worth_it, void (*fn)(void*, i64), void* ctx) {
-    static const int registered = pthread_atfork(nullptr, nullptr, forget_workers_after_fork);
-    (void)registered;
+    register_fork_handler();
     if (n <= 0) return;
     Job job;
     job.fn = fn;
@@ -141,14 +188,8 @@ void parallel_for_raw(i64 n, bool worth_it, void (*fn)(void*, i64), void* ctx) {
 }
 
 void* scratch(Slot slot, size_t bytes) {
-    struct Buffers {
-        void* data[S_SLOTS] = {};
-        size_t size[S_SLOTS] = {};
-        ~Buffers() {
-            for (void* p : data) free(p);
-        }
-    };
-    thread_local Buffers b;
+    thread_local OwnBuffers own;
+    Buffers& b = *own.b;
 #ifdef __SANITIZE_ADDRESS__
     // Exactly what was asked for, afresh each time: overruns and use of an old buffer show.
     const bool grow = true;
@@ -158,13 +199,25 @@ void* scratch(Slot slot, size_t bytes) {
     const size_t size = (bytes + bytes / 4 + 4095) & ~(size_t)4095;
 #endif
     if (grow) {
-        free(b.data[slot]);
-        b.data[slot] = nullptr;
-        b.size[slot] = 0;
-        if (posix_memalign(&b.data[slot], 64, size) != 0) throw std::bad_alloc();
+        b.drop(slot);
+        if (posix_memalign(&b.data[slot], 64, size) != 0) {
+            b.data[slot] = nullptr;
+            throw std::bad_alloc();
+        }
         b.size[slot] = size;
     }
     return b.data[slot];
+}
+
+void wipe_scratch() {
+    register_fork_handler();
+    std::lock_guard<std::mutex> none_runs(pool->use);
+    std::lock_guard<std::mutex> lock(registry->m);
+    for (Buffers* b : registry->all) {
+        for (int slot = 0; slot < S_SLOTS; slot++) {
+            if (b->data[slot]) explicit_bzero(b->data[slot], b->size[slot]);
+        }
+    }
 }
 
 }  // namespace va

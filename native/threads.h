@@ -16,4 +16,7 @@ void parallel_for(i64 n, bool worth_it, F&& f) {
     parallel_for_raw(n, worth_it, [](void* c, i64 i) { (*static_cast<F*>(c))(i); }, &f);
 }
 
+// Overwrites what all threads keep between calls. No kernel may be running.
+void wipe_scratch();
+
 }  // namespace va

@@ -28,7 +28,7 @@ from veriattn.wire.channel import Channel, RingChannel, StreamChannel, accept_ch
 from veriattn.wire.emulate import Throttle
 from veriattn.wire.messages import HEADER, MAGIC, BadRequest, Kind, Limits, VerifierGone, encode_error
 from veriattn.wire.ring import RingGeometry
-from veriattn.wire.stream import listen, parse_address
+from veriattn.wire.stream import StreamTransport, listen, parse_address
 
 LIMITS = Limits(64, 4, 1000, 4000, 500)
 PAYLOAD = bytes(range(200))
@@ -239,6 +239,28 @@ def test_truncated_then_silence(pair: tuple[Channel, Channel], size: int) -> Non
     raw_send(prover, cut)
     with pytest.raises(ProverTimeout):
         verifier.recv(Kind.CLAIM, 20_000, timeout_s=0.1)
+
+
+def test_wiping_a_stream_leaves_what_has_not_been_read(pair: tuple[Channel, Channel]) -> None:
+    verifier, prover = pair
+    transport = prover._transport
+    if not isinstance(transport, StreamTransport):
+        pytest.skip("rings are wiped in test_wire_ring")
+    raw_send(
+        verifier,
+        *[
+            part
+            for i in (1, 2)
+            for part in (HEADER.pack(MAGIC, Kind.FREE, 0, verifier.session, i, 16), bytes([i] * 16))
+        ],
+    )
+    assert prover.recv_any(LIMITS) == (Kind.FREE, bytes([1] * 16))
+    prover.wipe()
+    verifier.wipe()
+    assert not bytes(transport._buffer).count(1)
+    assert prover.recv_any(LIMITS) == (Kind.FREE, bytes([2] * 16))
+    prover.wipe()
+    assert not any(transport._buffer)
 
 
 def test_dripping_link_meets_the_deadline(pair: tuple[Channel, Channel]) -> None:

@@ -77,6 +77,79 @@ def test_wrap_around_of_both_rings(pair: tuple[RingChannel, RingChannel]) -> Non
         assert np.array_equal(verifier.recv(Kind.CLAIM, data.nbytes), data)
 
 
+def slots_of(channel: RingChannel) -> bytes:
+    """Both rings, without the counters."""
+    return bytes(channel._transport._map)[wr.CONTROL_BYTES :]  # type: ignore[attr-defined]
+
+
+@given(st.lists(st.tuples(st.sampled_from("SRWVX"), st.integers(1, 9000)), max_size=40), st.sampled_from([2, 3, 7]))
+@settings(max_examples=60, deadline=None)
+def test_wiping_leaves_what_is_under_way_and_nothing_else(moves: list[tuple[str, int]], slots: int) -> None:
+    """S sends a claim where there is room, R receives one, W and V wipe at the prover and the verifier, X sends a request."""
+    verifier, prover = ring_pair(RingGeometry(4096, slots, slots))
+    waiting: list[tuple[int, int]] = []
+    with verifier, prover:
+        for number, (move, size) in enumerate(moves, 1):
+            used = sum(-(-(n + 32) // 4096) for _, n in waiting)
+            if move == "S" and used + -(-(size + 32) // 4096) <= slots:
+                prover.send(Kind.CLAIM, np.full(size, number, np.uint8))
+                waiting.append((number, size))
+            elif move == "R" and waiting:
+                value, count = waiting.pop(0)
+                assert set(verifier.recv(Kind.CLAIM, count).tolist()) == {value}
+            elif move == "X":
+                verifier.send(Kind.FREE, bytes([number]) * 16)
+                assert prover.recv_any(LIMITS) == (Kind.FREE, bytes([number]) * 16)
+            elif move in "WV":
+                (prover if move == "W" else verifier).wipe()
+        for value, count in waiting:
+            assert set(verifier.recv(Kind.CLAIM, count).tolist()) == {value}
+        prover.wipe()
+        verifier.wipe()
+        assert not any(slots_of(verifier))
+
+
+def test_wiping_touches_no_slot_that_is_being_read(pair: tuple[RingChannel, RingChannel]) -> None:
+    verifier, prover = pair
+    prover.send(Kind.CLAIM, np.full(5000, 7, np.uint8))
+    prover.send(Kind.CLAIM, np.full(3000, 8, np.uint8))
+    verifier.expect(Kind.CLAIM, 5000)
+    first = np.empty(4500, np.uint8)
+    verifier.recv_into(first)
+    prover.wipe()
+    assert slots_of(verifier)[2 * 4096 :].count(7) == 5000 - (4096 - 32)  # the first slot has been given back
+    rest = np.empty(500, np.uint8)
+    verifier.recv_into(rest)
+    assert set(first.tolist()) == set(rest.tolist()) == {7}
+    assert set(verifier.recv(Kind.CLAIM, 3000).tolist()) == {8}
+
+
+def test_wiping_while_the_other_side_reads() -> None:
+    """Many messages through a small ring, wiped after each by the writer: none is damaged."""
+    verifier, prover = ring_pair(RingGeometry(4096, 2, 5))
+
+    def write() -> None:
+        for number in range(300):
+            prover.send(Kind.CLAIM, np.full(100 + 97 * (number % 60), number % 251, np.uint8))
+            prover.wipe()
+
+    with verifier, prover:
+        writer = threading.Thread(target=write)
+        writer.start()
+        for number in range(300):
+            data = verifier.recv(Kind.CLAIM, 100 + 97 * (number % 60))
+            assert (data == number % 251).all()
+        writer.join()
+
+
+def test_a_lying_tail_is_met_by_wiping_too(pair: tuple[RingChannel, RingChannel]) -> None:
+    verifier, prover = pair
+    verifier.send(Kind.FREE, bytes(8))
+    words(prover).store(256 + TAIL, 1 << 40)
+    with pytest.raises(MalformedMessage):
+        verifier.wipe()
+
+
 def test_tiles_arrive_before_the_message_is_complete(pair: tuple[RingChannel, RingChannel]) -> None:
     verifier, prover = pair
     data = np.arange(20 * 4096, dtype=np.uint32).astype("<u4")  # 80 slots through a ring of 4

@@ -25,6 +25,9 @@ from veriattn.spec.reference import F32, I8, I32, I64
 #: Python 3.11 has no name for what supports the buffer protocol.
 WritableBuffer = memoryview | bytearray | npt.NDArray[np.generic] | mmap
 
+#: What NumPy keeps of small arrays that were freed: so many of each size below the bound.
+_NUMPY_CACHED_BYTES, _NUMPY_CACHED_ARRAYS = 1024, 7
+
 _Args = ParamSpec("_Args")
 _Result = TypeVar("_Result")
 
@@ -360,3 +363,15 @@ def set_threads(n: int) -> None:
 def get_threads() -> int:
     """Threads that one call may use; by default the CPUs that this process may run on."""
     return _native.get_threads()
+
+
+def wipe_free_memory() -> None:
+    """Overwrite what this process no longer uses: scratch of the kernels, free pieces of the heap, the stack below.
+
+    From the main thread, while no kernel runs. Where the C library is not glibc the heap is left as it is.
+    """
+    _native.wipe_free_memory()
+    # NumPy keeps small arrays that were freed, some of each size, out of the allocator's sight. Only now: what is
+    # allocated for them, and does not fill its place, comes from clean memory.
+    small = [np.empty(size, np.uint8) for size in range(1, _NUMPY_CACHED_BYTES) for _ in range(_NUMPY_CACHED_ARRAYS)]
+    _native.wipe_blocks(small)

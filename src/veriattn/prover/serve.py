@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from veriattn.errors import InternalError, ModelError, VeriattnError
+from veriattn.native.kernels import wipe_free_memory
 from veriattn.prover.backend import Backend, ClaimSink
 from veriattn.prover.cpu import CpuBackend
 from veriattn.prover.finder import ModelFinder
@@ -83,10 +84,12 @@ def serve(
     make_backend: BackendFactory = cpu_backend,
     make_sink: Callable[[Channel], ClaimSink] = ChannelSink,
     first_message_s: float | None = None,
+    wipe: Callable[[], None] = wipe_free_memory,
 ) -> None:
     """Answer the verifier until SHUTDOWN or the end of the link. Faults of our own are reported in an ERROR message.
 
     first_message_s: how long to wait for HELLO; without end by default, since a parent process reads the weights first.
+    wipe: overwrites what this process no longer uses, when sequences have ended.
     """
     try:
         _, payload = channel.recv_any(None, first_message_s)
@@ -111,6 +114,9 @@ def serve(
             if kind is Kind.FREE:
                 for seq_id in decode_free(payload, limits):
                     backend.free(seq_id)
+                # Nothing of an earlier message is referred to by now: what it left is in free memory.
+                channel.wipe()
+                wipe()
             elif hello.mode is Mode.OPERATIONS and kind is Kind.LINEAR:
                 backend.linear(decode_linear(payload, config, limits), sink)
             elif hello.mode is Mode.OPERATIONS and kind is Kind.ATTEND:
@@ -122,16 +128,7 @@ def serve(
             elif hello.mode is Mode.OPERATIONS and kind is Kind.SPLIT:
                 backend.split(decode_split(payload, config, limits), sink, shares)
             elif hello.mode is not Mode.OPERATIONS and kind is Kind.STEP:
-                step = decode_step(payload, limits)
-                claims = sink if step.mode is Mode.CLAIMS else None
-                shared = frozenset(e.seq_id for e in step.entries if e.split)
-                batch, check = batch_of(step), step.attention_check
-                if shared:
-                    logits = backend.step(batch, check, claims, SplitStep(shared, shares))
-                else:
-                    logits = backend.step(batch, check, claims)
-                if step.mode is Mode.LOGITS and logits.size:
-                    channel.send(Kind.LOGITS, logits)
+                _run_step(channel, backend, sink, shares, decode_step(payload, limits))
             else:
                 raise BadRequest(f"{kind.name} is not expected here")
     except VerifierGone:
@@ -144,6 +141,16 @@ def serve(
         _report(channel, ErrorCode.OUT_OF_MEMORY, e)
     except InternalError as e:
         _report(channel, ErrorCode.INTERNAL, e)
+
+
+def _run_step(channel: Channel, backend: Backend, sink: ClaimSink, shares: SplitProver, step: Step) -> None:
+    claims = sink if step.mode is Mode.CLAIMS else None
+    shared = frozenset(e.seq_id for e in step.entries if e.split)
+    batch, check = batch_of(step), step.attention_check
+    split = (SplitStep(shared, shares),) if shared else ()
+    logits = backend.step(batch, check, claims, *split)
+    if step.mode is Mode.LOGITS and logits.size:
+        channel.send(Kind.LOGITS, logits)
 
 
 def _report(channel: Channel, code: ErrorCode, error: Exception) -> None:

@@ -31,7 +31,7 @@ class SplitProver:
         self._channel, self._config, self._limits = channel, config, limits
         self._bytes = max_split_bytes(config, limits)
 
-    def _receive(self, kind: Kind) -> bytes:
+    def _receive(self, kind: Kind) -> memoryview:
         got, payload = self._channel.recv_any(self._limits, operation_bytes=self._bytes)
         if got is not kind:
             raise BadRequest(f"{got.name} in place of {kind.name}")

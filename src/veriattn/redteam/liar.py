@@ -114,7 +114,7 @@ class LyingChannel:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._channel, name)
 
-    def recv_any(self, *args: Any, **kwargs: Any) -> tuple[Kind, bytes]:
+    def recv_any(self, *args: Any, **kwargs: Any) -> tuple[Kind, memoryview]:
         """As the channel's."""
         kind, payload = self._channel.recv_any(*args, **kwargs)
         if kind is Kind.HELLO:

@@ -400,6 +400,7 @@ class Session:
         try:
             if self._sender is not None:
                 self._sender.flush()  # the link has one sender at a time
+            self.channel.wipe()  # every request was answered, so what it left is ours to overwrite
             self.channel.send(Kind.FREE, encode_free([seq_id]))
         except BaseException as e:
             self._end(e)

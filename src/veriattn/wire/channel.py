@@ -53,6 +53,7 @@ CONNECT_TIMEOUT_S = 10.0
 _GREETING = struct.Struct("<II8x")  # magic, transport; with a ring the segment's descriptor travels along
 _GREETING_MAGIC = 0x31474156  # "VAG1"
 _RING, _STREAM = 1, 2
+_SMALLEST_BUFFER = 1024
 _OPERATIONS = frozenset(Kind(k) for k in range(Kind.LINEAR, Kind.LOAD + 1))
 _REQUESTS = _OPERATIONS | {Kind.HELLO, Kind.STEP, Kind.FREE, Kind.SHUTDOWN}
 
@@ -202,8 +203,10 @@ class Channel:
 
     def recv_any(
         self, limits: Limits | None, timeout_s: float | None = None, *, operation_bytes: int = 0
-    ) -> tuple[Kind, bytes]:
+    ) -> tuple[Kind, memoryview]:
         """Prover side: the next message of the verifier, whatever its kind. `limits` is None before HELLO.
+
+        The payload is read-only and lives as long as something refers to it.
 
         operation_bytes: largest payload of a request of a single operation; 0 where the session has none.
 
@@ -226,9 +229,10 @@ class Channel:
             bound = operation_bytes if kind in _OPERATIONS else limits.max_payload_bytes(kind)
         if payload_bytes > bound:
             raise BadRequest(f"{payload_bytes} bytes of payload are more than the limits allow")
-        payload = bytearray(payload_bytes)
+        # Never from the interpreter's pools of small objects, whose free places `prover.wipe` does not reach.
+        payload = memoryview(bytearray(max(payload_bytes, _SMALLEST_BUFFER)))[:payload_bytes]
         if payload_bytes:
-            self._transport.read_into(memoryview(payload), deadline)
+            self._transport.read_into(payload, deadline)
         self._transport.end_message()
         self.session = session
         self._recv_seq += 1
@@ -236,7 +240,12 @@ class Channel:
         if self.trace.enabled:
             self._mark = time.monotonic()
             self.trace.add("idle", start, self._mark, "")
-        return Kind(kind), bytes(payload)
+        return Kind(kind), payload.toreadonly()
+
+    def wipe(self) -> None:
+        """Zero what messages that are done with have left in this side's part of the link. Not while another thread sends."""
+        self._check_usable()
+        self._transport.wipe()
 
     # -- life ------------------------------------------------------------------------------------------------
 

@@ -205,6 +205,12 @@ class EmulatedTransport:
         """The message being read is complete."""
         self._inner.end_message()
 
+    def wipe(self) -> None:
+        """As the inner transport's, unless something is under way: then the next call does it."""
+        with self._changed:
+            if not self._queue:  # so the other thread is not writing
+                self._inner.wipe()
+
     def abort(self) -> None:
         """End every wait."""
         self._inner.abort()
@@ -231,6 +237,7 @@ class PumpedStream:
         self._inner, self._role = inner, role
         self.write_message = inner.write_message
         self.end_message = inner.end_message
+        self.wipe = inner.wipe
         self._chunks: deque[memoryview] = deque()
         self._taken = self._written = 0
         self._changed = threading.Condition()

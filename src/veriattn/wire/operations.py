@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from veriattn.spec.model import ModelConfig
-from veriattn.wire.messages import BadRequest, Buffer, Limits
+from veriattn.wire.messages import BadRequest, Buffer, Limits, byte_view
 
 _LINEAR = struct.Struct("<IIII")  # index, rows, padding
 _ATTEND = struct.Struct("<IIIIIIII")  # layer, first_kv_head, num_kv_heads, reply, row_tile, num_entries, total, padding
@@ -94,7 +94,7 @@ def encode_load(request: LoadRequest) -> list[Buffer]:
 
 def decode_load(payload: Buffer, config: ModelConfig) -> LoadRequest:
     """Prover side. Raises: BadRequest."""
-    raw = bytes(payload)
+    raw = byte_view(payload)
     if len(raw) < _LOAD.size:
         raise BadRequest("LOAD is too short")
     index, first, rows, padding = _LOAD.unpack_from(raw)
@@ -125,7 +125,7 @@ def encode_linear(request: LinearRequest) -> list[Buffer]:
 
 def decode_linear(payload: Buffer, config: ModelConfig, limits: Limits) -> LinearRequest:
     """Prover side. Raises: BadRequest."""
-    raw = bytes(payload)
+    raw = byte_view(payload)
     if len(raw) < _LINEAR.size:
         raise BadRequest("LINEAR is too short")
     index, rows, *padding = _LINEAR.unpack_from(raw)
@@ -157,7 +157,7 @@ def encode_attend(request: AttendRequest) -> list[Buffer]:
 
 def decode_attend(payload: Buffer, config: ModelConfig, limits: Limits) -> AttendRequest:
     """Prover side. Raises: BadRequest."""
-    raw = bytes(payload)
+    raw = byte_view(payload)
     if len(raw) < _ATTEND.size:
         raise BadRequest("ATTEND is too short")
     layer, first, count, reply, tile, num_entries, total, padding = _ATTEND.unpack_from(raw)
@@ -209,7 +209,7 @@ def encode_weights(request: WeightsRequest) -> list[Buffer]:
 
 def decode_weights(payload: Buffer, config: ModelConfig, limits: Limits) -> WeightsRequest:
     """Prover side. Raises: BadRequest."""
-    raw = bytes(payload)
+    raw = byte_view(payload)
     if len(raw) < _WEIGHTS.size:
         raise BadRequest("WEIGHTS is too short")
     seq_id, layer, rows, keys, padding = _WEIGHTS.unpack_from(raw)

@@ -39,6 +39,7 @@ _HEAD, _TAIL, _READER_WAITS, _WRITER_WAITS = 0, 64, 128, 192  # a cache line eac
 _NOEXEC_SEAL = 0x0008  # MFD_NOEXEC_SEAL, Linux 6.3; not named by Python yet
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 _MAX_RING_BYTES = 1 << 36
+_ZEROS = memoryview(bytes(64 * 1024))
 _PIECE_BYTES = 512 * 1024  # counters move at least this often inside a large message
 _SPINS = 100
 _RECHECK_MS = 1.0  # a wake-up can be lost (no store-load fence); never for longer than this
@@ -194,6 +195,7 @@ class RingProducer(_RingEnd):
     """The writing end of one ring."""
 
     _tail = 0
+    _wiped = 0  # bytes since the start; all before are zero or written again
 
     def __init__(self, *args: object) -> None:
         super().__init__(*args)  # type: ignore[arg-type]
@@ -234,6 +236,21 @@ class RingProducer(_RingEnd):
         self._pos = head * slot
         if head > published:
             self._publish(head)
+
+    def wipe(self) -> None:
+        """Zero every slot that was written since the last time and is free again; the other side has done with those.
+
+        A free slot belongs to the producer alone, so nothing that is being read changes. Between messages only.
+        """
+        self._refresh()
+        first = max(self._wiped, self._pos - self._size)
+        last = min(self._pos, self._tail * self._slot)
+        while first < last:
+            offset = first % self._size
+            count = min(last - first, self._size - offset, len(_ZEROS))
+            self._data[offset : offset + count] = _ZEROS[:count]
+            first += count
+        self._wiped = max(self._wiped, last)
 
     def _publish(self, head: int) -> None:
         self._words.store(self._base + _HEAD, head)
@@ -315,6 +332,7 @@ class RingTransport:
         self.write_message = self._producer.write_message
         self.read_into = self._consumer.read_into
         self.end_message = self._consumer.end_message
+        self.wipe = self._producer.wipe
         self.written_position = self._consumer.written_position
         self.read_position = self._consumer.read_position
         self.abort = control.abort

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from veriattn.spec.kv import PAGE
 from veriattn.spec.model import ModelConfig
-from veriattn.wire.messages import BadRequest, Buffer, Limits
+from veriattn.wire.messages import BadRequest, Buffer, Limits, byte_view
 
 _SPLIT = struct.Struct("<QIIIIII")  # seq_id, layer, rows, resident, streamed, weights, queries
 _BLOCK = struct.Struct("<IIQ")  # count, values, padding
@@ -46,7 +46,7 @@ def encode_split(request: SplitRequest) -> list[Buffer]:
 
 def decode_split(payload: Buffer, config: ModelConfig, limits: Limits) -> SplitRequest:
     """Prover side. Raises: BadRequest."""
-    raw = bytes(payload)
+    raw = byte_view(payload)
     if len(raw) < _SPLIT.size:
         raise BadRequest("SPLIT is too short")
     seq_id, layer, rows, resident, streamed, weights, queries = _SPLIT.unpack_from(raw)
@@ -91,8 +91,8 @@ def max_split_bytes(config: ModelConfig, limits: Limits) -> int:
     return max(queries, block_bytes(config), normaliser, rows * heads * (8 * d + 4))
 
 
-def _decode_block(payload: Buffer, count: int, values: int, size: int) -> bytes:
-    raw = bytes(payload)
+def _decode_block(payload: Buffer, count: int, values: int, size: int) -> memoryview:
+    raw = byte_view(payload)
     if len(raw) != _BLOCK.size + size or _BLOCK.unpack_from(raw) != (count, values, 0):
         raise BadRequest("BLOCK is not the expected one")
     return raw
@@ -122,7 +122,7 @@ def block_sizes(streamed: int) -> list[int]:
 
 def decode_array(payload: Buffer, dtype: str, shape: tuple[int, ...]) -> npt.NDArray[np.generic]:
     """Prover side: a payload that is one array of known shape. Raises: BadRequest."""
-    raw = bytes(payload)
+    raw = byte_view(payload)
     want = np.dtype(dtype)
     if len(raw) != want.itemsize * int(np.prod(shape, dtype=np.int64)):
         raise BadRequest("a message of split attention has another length than expected")

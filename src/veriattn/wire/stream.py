@@ -95,6 +95,11 @@ class StreamTransport:
     def end_message(self) -> None:
         """Nothing to skip: frames follow each other without padding."""
 
+    def wipe(self) -> None:
+        """Zero the buffer up to what has not been read yet, and beyond it."""
+        for used in (slice(0, self._start), slice(self._stop, _BUFFER_BYTES)):
+            self._buffer[used] = bytes(used.stop - used.start)
+
     def abort(self) -> None:
         """End both directions; every wait fails."""
         try:

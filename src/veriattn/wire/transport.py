@@ -58,6 +58,9 @@ class Transport(Protocol):
     def end_message(self) -> None:
         """The message being read is complete."""
 
+    def wipe(self) -> None:
+        """Zero what is left of messages that the other side has taken, and of those taken from it; no thread is writing."""
+
     def abort(self) -> None:
         """From any thread: every wait, now and later, fails as if the other side were gone."""
 
