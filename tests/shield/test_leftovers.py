@@ -12,7 +12,7 @@ import pytest
 from tests.helpers import LocalModel, make_model
 
 from veriattn.native import kernels
-from veriattn.redteam.leftovers import Words, found, pairs_of
+from veriattn.redteam.search import Words, found, pairs_of
 from veriattn.spec.forward import AttentionInput, Batch, BatchEntry, forward
 from veriattn.spec.reference import I8, I32, I64
 from veriattn.verifier.launch import ChildProver
@@ -123,7 +123,7 @@ def test_a_prover_that_forgets_to_overwrite_would_be_seen(
 ) -> None:
     ended = traces_of(tiny, ENDED)
     flow, settings = WAYS[way]
-    first, second = dumps(tiny, tmp_path, flow, keep=True, **settings)
+    first, _ = dumps(tiny, tmp_path, flow, keep=True, **settings)
     for name in sorts:
         assert found(first, ended[name]).any(), name
     assert found(first, ended["claim"]).mean() > 0.5

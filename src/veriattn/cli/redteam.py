@@ -95,6 +95,8 @@ def _kv_leak(path: Path, text: Path | None, prompts: int, as_json: bool) -> int:
             for where in ("cache", "memory"):
                 rates = "  ".join(f"{attack} {score['rate']:.3f}" for attack, score in case[where].items())
                 click.echo(f"{name:10} {where:7} {rates}")
+        for name, count in result["after_end"].items():
+            click.echo(f"after the end, {name}: {count['found']} of {count['rows']} rows left in memory")
     return EXIT_OK if result["same_tokens"] else EXIT_INTERNAL
 
 

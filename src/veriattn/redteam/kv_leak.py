@@ -8,10 +8,15 @@ matrices that the prover works with. Each attack is as strong as could be made s
 | `value_dictionary` | layer 0 values | they depend on the token alone: look the row up |
 | `sorted_values` | layer 0 values | the same with each head's entries sorted by size: permutations and signs drop out |
 | `norms` | layer 0 values | the same with one number per head: the sum of squares, the diagonal of the Gram matrix |
+| `gram` | layer 0 values | each token's inner products with itself and with the first token, which is known |
 | `next_token` | first cached layer | guess the next token, run the public model on the prefix, compare sorted values |
 | `weights` | (b) projections | match permuted against public rows, undo the permutation, then `value_dictionary` |
 | `activations` | (b) input of the first linear | the normed embedding is the token: look the row up |
 | `next_activation` | (b) input of the first outsourced linear | guess the next token, run the public model, compare |
+
+The two that guess try the public model's best guesses only; how often the true token is among them is counted beside, since
+exact integers make a comparison right whenever it can be made. What is left once a sequence has ended is looked for in all
+of an honest prover's writable memory (`leftovers`), beside a prover that overwrites pages of the cache only.
 
 Sources: KV-Shield (2409.04040), Hidden No More (2505.18332), Shadow in the Cache (2508.09442).
 """
@@ -34,6 +39,7 @@ from veriattn.engine.engine import Engine, EngineConfig, Request
 from veriattn.errors import InternalError, UsageError
 from veriattn.native import kernels
 from veriattn.redteam.public_model import PublicModel
+from veriattn.redteam.search import found
 from veriattn.spec.reference import I8
 
 Array = np.ndarray[Any, Any]
@@ -46,23 +52,33 @@ CASES: tuple[tuple[str, str, int], ...] = (
     ("session", "session", 0),
     ("session+2", "session", 2),
 )
-ATTACKS_ON_CACHE = ("value_dictionary", "sorted_values", "norms", "next_token")
+ATTACKS_ON_CACHE = ("value_dictionary", "sorted_values", "norms", "gram", "next_token")
 ATTACKS_ON_MEMORY = ("weights", "activations", "next_activation")
 #: Tokens per prompt that `next_token` is tried on, and candidates per token: the public model's own best guesses.
 NEXT_TOKENS = 16
 CANDIDATES = 256
+#: Conversations after which all of the prover's memory is searched.
+ENDED_PROMPTS = 5
 
 
 @dataclass
 class Score:
-    """Tokens tried and recovered."""
+    """Tokens tried and recovered. among_guesses: of those tried, where the true token was tried; None without guesses."""
 
     tokens: int = 0
     recovered: int = 0
+    among_guesses: int | None = None
+
+    def add(self, other: Score) -> None:
+        self.tokens += other.tokens
+        self.recovered += other.recovered
+        if other.among_guesses is not None:
+            self.among_guesses = (self.among_guesses or 0) + other.among_guesses
 
     def to_json(self) -> dict[str, float | int | None]:
         rate = self.recovered / self.tokens if self.tokens else None
-        return {"tokens": self.tokens, "recovered": self.recovered, "rate": rate}
+        fields: dict[str, float | int | None] = {"tokens": self.tokens, "recovered": self.recovered, "rate": rate}
+        return fields if self.among_guesses is None else {**fields, "among_guesses": self.among_guesses}
 
 
 @dataclass
@@ -122,6 +138,13 @@ class Attacker:
         self._sorted = rows_by_bytes(sorted_sizes(self._values))
         self._norms = rows_by_bytes(square_sums(self._values))
         self._embedded = rows_by_bytes(model.layer0_inputs())
+        self._guesses: dict[tuple[int, ...], npt.NDArray[np.int64]] = {}
+
+    def _candidates(self, known: tuple[int, ...]) -> npt.NDArray[np.int64]:
+        """The same for every setting and attack."""
+        if known not in self._guesses:
+            self._guesses[known] = self._model.candidates(known, CANDIDATES)
+        return self._guesses[known]
 
     def run(self, attack: str, leak: Leak, prompt: Sequence[int]) -> Score:
         """One attack on one conversation's prompt."""
@@ -136,6 +159,8 @@ class Attacker:
                 "norms": (square_sums(values), self._norms),
             }[attack]
             return self._score(look_up(table, view[: len(prompt)], self._prior), prompt)
+        if attack == "gram":
+            return self._by_gram(values, prompt)
         if attack == "weights":
             return self._by_weights(leak, prompt)
         if attack == "activations":
@@ -149,6 +174,21 @@ class Attacker:
     @staticmethod
     def _score(found: Sequence[int | None], prompt: Sequence[int]) -> Score:
         return Score(len(prompt), sum(f == t for f, t in zip(found, prompt, strict=False)))
+
+    def _by_gram(self, values: Array | None, prompt: Sequence[int]) -> Score:
+        """Inner products per head, with the row itself and with the row of a known token: what the scores' algebra keeps."""
+        score = Score(len(prompt) - 1, 0)
+        if values is None:
+            return score
+
+        def products(rows: Array, first: Array) -> Array:
+            wide = rows.astype(np.int32)
+            return np.concatenate([(wide * wide).sum(axis=2), (wide * first.astype(np.int32)).sum(axis=2)], axis=1)
+
+        table = rows_by_bytes(products(self._values, self._values[prompt[0]]))
+        found = look_up(table, products(values[1 : len(prompt)], values[0]), self._prior)
+        score.recovered = sum(f == t for f, t in zip(found, prompt[1:], strict=True))
+        return score
 
     def _by_weights(self, leak: Leak, prompt: Sequence[int]) -> Score:
         """Undo the permutation of v that the prover's projection gives away."""
@@ -191,10 +231,11 @@ class Attacker:
     ) -> Score:
         """Token by token after the first, which is given. A token that is not among the candidates counts as not recovered
         and is given to the attacker, so that every position is a fair trial."""
-        score = Score(min(NEXT_TOKENS, len(prompt) - 1), 0)
+        score = Score(min(NEXT_TOKENS, len(prompt) - 1), 0, 0)
         known: list[int] = [prompt[0]]
         for position in range(1, score.tokens + 1):
-            candidates = self._model.candidates(known, CANDIDATES)
+            candidates = self._candidates(tuple(known))
+            score.among_guesses = (score.among_guesses or 0) + int(prompt[position] in candidates)
             rows = look(known, candidates)
             hit = np.flatnonzero((rows == target[position]).reshape(len(rows), -1).all(axis=1))
             found = int(candidates[hit[0]]) if hit.size else None
@@ -235,17 +276,46 @@ def leak_of(
     with Engine(model, config) as engine:
         state = engine.generate([Request(prompt, max_tokens=4, ignore_eos=True)])[0]
         after = directory / "after-0.json"
-        deadline = time.monotonic() + 60.0
-        while not after.exists():
-            if time.monotonic() > deadline:
-                raise InternalError("the leaky prover wrote no dump")
-            time.sleep(0.01)
+        _wait_for(after)
         left = int(json.loads(after.read_text())["nonzero_cache_bytes"])
         with np.load(directory / "kv-0.npz", allow_pickle=False) as kv:
             cache = {name: kv[name] for name in kv.files}
         with np.load(directory / "seen-0.npz", allow_pickle=False) as parts:
             seen = {name: parts[name] for name in parts.files}
     return Leak(cache, seen, left), state.output_ids
+
+
+def after_end(
+    model: Path, public: PublicModel, prompts: Sequence[tuple[int, ...]], directory: Path
+) -> dict[str, dict[str, int]]:
+    """Rows of the last layer (keys, values, input and product of its last linear, the latest that a prefill leaves) that
+    stand anywhere in a prover's writable memory once the conversation has ended."""
+    out = {}
+    for name, options in (("overwritten", ()), ("pages_only", ("--keep",))):
+        count = {"rows": 0, "found": 0}
+        for prompt in prompts:
+            for old in directory.iterdir():
+                old.unlink()
+            command = (sys.executable, "-m", "veriattn.redteam.leftovers", *options, str(directory))
+            config = EngineConfig(strategy="veriattn", prover_command=command, max_sequences=1)
+            path = directory / "memory-0.bin"
+            with Engine(model, config) as engine:
+                engine.generate([Request(prompt, max_tokens=1, ignore_eos=True)])
+                _wait_for(path)
+            starts = [np.ascontiguousarray(rows).view(np.uint8)[:, :16] for rows in public.last_layer(prompt)]
+            hits = found(path, np.ascontiguousarray(np.concatenate(starts)).view(np.uint64))
+            count["rows"] += len(hits)
+            count["found"] += int(np.count_nonzero(hits))
+        out[name] = count
+    return out
+
+
+def _wait_for(path: Path) -> None:
+    deadline = time.monotonic() + 120.0
+    while not path.exists():
+        if time.monotonic() > deadline:
+            raise InternalError("the leaky prover wrote no dump")
+        time.sleep(0.01)
 
 
 def run(model: Path, text: str, count: int = 20, progress: Progress | None = None) -> dict[str, Any]:
@@ -271,15 +341,15 @@ def run(model: Path, text: str, count: int = 20, progress: Progress | None = Non
                 case.shield_active &= _scrambled(public, leak, prompt) == (mode != "off")
                 for attack in (*ATTACKS_ON_CACHE, *ATTACKS_ON_MEMORY):
                     score = attacker.run(attack, leak, prompt)
-                    total = case.scores.setdefault(attack, Score())
-                    total.tokens += score.tokens
-                    total.recovered += score.recovered
+                    case.scores.setdefault(attack, Score()).add(score)
                 if progress is not None:
                     progress(name, i + 1, len(prompts))
+        ended = after_end(model, public, prompts[:ENDED_PROMPTS], directory)
     return {
         "prompts": len(prompts),
         "prompt_tokens": sum(map(len, prompts)),
         "same_tokens": same_tokens,
+        "after_end": ended,
         "cases": {
             name: {
                 "shield_as_set": case.shield_active,

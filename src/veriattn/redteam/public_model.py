@@ -28,10 +28,12 @@ class _Recorder:
         self._local = local
         self.operands: dict[int, AttentionInput] = {}
         self.inputs: dict[str, I8] = {}
+        self.products: dict[str, I32] = {}
 
     def linear(self, name: str, a_i8: I8) -> I32:
         self.inputs[name] = a_i8
-        return self._local.linear(name, a_i8)
+        self.products[name] = self._local.linear(name, a_i8)
+        return self.products[name]
 
     def attention(self, layer: int, batch: Batch, x: AttentionInput) -> tuple[I64, I32]:
         self.operands[layer] = x
@@ -110,6 +112,13 @@ class PublicModel:
         """What an unshielded cache holds of a prompt in one layer, (tokens, kv_heads, d)."""
         ops, _ = self._run((BatchEntry(0, 0, tuple(ids), "none"),), self._local(), layer + 1)
         return ops.operands[layer].v_i8
+
+    def last_layer(self, ids: Sequence[int]) -> tuple[npt.NDArray[np.generic], ...]:
+        """Keys, values, input and product of the last linear of the last layer for a prompt, a row per token each."""
+        last = self.config.num_layers - 1
+        ops, _ = self._run((BatchEntry(0, 0, tuple(ids), "none"),), self._local(), last + 1)
+        x, down = ops.operands[last], f"layers.{last}.down"
+        return tuple(a.reshape(len(ids), -1) for a in (x.k_i8, x.v_i8, ops.inputs[down], ops.products[down]))
 
     def candidates(self, known: Sequence[int], count: int) -> Ids:
         """The model's most likely next tokens after a prefix of at least one token."""
