@@ -133,6 +133,14 @@ def _decode() -> dict[str, dict[str, float]]:
     return out
 
 
+def times() -> dict[str, dict[str, float]]:
+    """Seconds of a layer for all four cells, on this machine as it is configured."""
+    out = {**_prefill(), **_decode()}
+    for t in out.values():
+        t["ratio"] = t["check"] / t["recompute"]
+    return out
+
+
 def residuals(
     head: Head, lo: int, hi: int, formats: tuple[Format, Format], fault: str, rng: Any
 ) -> tuple[float, float]:
@@ -204,9 +212,7 @@ def trials(heads: list[Head], formats: tuple[Format, Format], count: int) -> dic
 def measure(model: FloatModel, text: str, count: int, note: Callable[[str], None]) -> dict[str, Any]:
     """Times at Qwen3-14B's attention, one layer; trials on activations of the model, every other layer."""
     note("times of prefill and decode")
-    times = {**_prefill(), **_decode()}
-    for t in times.values():
-        t["ratio"] = t["check"] / t["recompute"]
+    seconds = times()
     heads = capture(model, token_ids(model, text, TRIAL_TOKENS)[:TRIAL_TOKENS])
     kv = model.config.num_kv_heads
     some = [heads[layer * kv + layer % kv] for layer in range(0, model.config.num_layers, 2)]
@@ -224,7 +230,7 @@ def measure(model: FloatModel, text: str, count: int, note: Callable[[str], None
             "decode": DECODE,
             "layers": 1,
         },
-        "seconds": times,
+        "seconds": seconds,
         "published_seconds": {k: {"check": c, "recompute": r, "ratio": c / r} for k, (c, r) in PUBLISHED.items()},
         "model_digest": model.source.digest(),
         "detection": detection,
