@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import shlex
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from veriattn.cli.output import Progress, TextStream, error_json, json_option, note, print_error, print_json
 from veriattn.convert.sources import open_source
@@ -18,8 +20,16 @@ from veriattn.floatmode.engine import FloatConfig, FloatModel, codec_of, open_ch
 from veriattn.floatmode.params import FORMATS, GUARANTEE, NOTICE, CheckParams
 from veriattn.home import resolve_model, sources_directory
 from veriattn.spec.modelfile import MANIFEST_FILE
+from veriattn.verifier.tiling import Tiling
 
 MARK = "[TOLERANCE] "
+CHECK_OPTIONS = (
+    "format_", "exp_format", "backend", "device", "challenges", "n_a", "tau_a", "tau_g", "repetitions", "tolerance_factor",
+)  # fmt: skip
+_FLOAT_OPTIONS = {
+    *CHECK_OPTIONS, "system", "raw", "max_tokens", "strategy", "tiles", "prover_kv_tokens", "offload_ratio",
+    "prover_command", "numerics", "threads",
+}  # fmt: skip
 _TEXT = Path(__file__).resolve().parents[1] / "convert" / "calibration.txt"
 
 
@@ -140,14 +150,30 @@ def calibrate(model: str, strategy: str, text: Path | None, as_json: bool, **opt
     note(NOTICE)
 
 
-def generate_float(model: str, prompts: list[str], options: dict[str, Any], *, single: bool, as_json: bool) -> int:
+def refuse_given(names: Iterable[str], why: str) -> None:
+    """Raises: UsageError where one of these options of the running command was given."""
+    context = click.get_current_context()
+    for name in names:
+        if context.get_parameter_source(name) not in (None, ParameterSource.DEFAULT):
+            raise UsageError(f"--{name.removesuffix('_').replace('_', '-')}: {why}", hint="leave it out")
+
+
+def generate_float(
+    model: str, prompts: list[str], options: dict[str, Any], tiling: Tiling | None, *, single: bool, as_json: bool
+) -> int:
     """`generate --numerics float`: greedy, one prompt after the other. Raises: VeriattnError."""
+    refuse_given(sorted(set(options) - _FLOAT_OPTIONS), "--numerics float has no such thing")
     strategy = "veriattn" if options["strategy"] == "run-ahead" else options["strategy"]
-    refused = [name for name in ("temperature", "top_k", "presence_penalty", "frequency_penalty") if options[name]]
-    if refused or options["receipt_file"] is not None or options["kv_shield"] != "off":
-        raise UsageError("--numerics float is greedy, without receipts or shield", hint="leave those options out")
     command = options["prover_command"]
-    config = float_config(strategy, options, prover_command=None if command is None else tuple(shlex.split(command)))
+    capacity, ratio = options["prover_kv_tokens"], options["offload_ratio"]
+    config = float_config(
+        strategy,
+        options,
+        prover_command=None if command is None else tuple(shlex.split(command)),
+        tiling=tiling,
+        kv_tokens=1 << 30 if capacity is None else capacity,
+        offload_ratio=1.0 if ratio is None else ratio,
+    )
     source = open_source(find_source(model))
     codec, began = codec_of(source), time.perf_counter()
     stream, results = TextStream(MARK if strategy != "full-tee" else "", to_stderr=as_json), []

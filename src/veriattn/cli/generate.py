@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 
 import click
 
-from veriattn.cli.floatmode import check_options, generate_float
+from veriattn.cli.floatmode import CHECK_OPTIONS, check_options, generate_float, refuse_given
 from veriattn.cli.output import (
     UNVERIFIED_MARK,
     Progress,
@@ -129,7 +129,11 @@ def generate(model: str, prompt: str | None, prompts_file: Path | None, as_json:
     if options["receipt_file"] is not None and prompts_file is not None:
         raise UsageError("--receipt is for one prompt", hint="leave --prompts-file out")
     if options["numerics"] == "float":
-        return generate_float(model, prompts, options, single=prompts_file is None, as_json=as_json)
+        tiling = _tiling(options["tiles"])
+        if tiling == "auto":
+            raise UsageError("--numerics float does not measure tiles", hint="for example --tiles 4,32")
+        return generate_float(model, prompts, options, tiling, single=prompts_file is None, as_json=as_json)
+    refuse_given(CHECK_OPTIONS, "only --numerics float has tolerances")
     path = resolve_model(model)
     params = SamplingParams(
         temperature=options["temperature"],
