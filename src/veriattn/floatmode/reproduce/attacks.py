@@ -6,6 +6,7 @@ Its other claims are made to agree with the lie (U is computed from the changed 
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from typing import Any
@@ -30,7 +31,7 @@ FORMATS: tuple[tuple[Format, Format], ...] = (
     ("float16", "float16"),
     ("bfloat16", "bfloat16"),
 )
-TOKENS, STEER_TOKENS, DRAWS, EVERY = 128, 24, 100, 3
+TOKENS, STEER_TOKENS, DRAWS, EVERY = 128, 24, 100, 4
 LEARN_KEYS, FORGERIES = 64, 1000
 
 
@@ -262,6 +263,7 @@ def measure(model: FloatModel, text: str, trials: int, note: Callable[[str], Non
             model, config, prover, limits, ids[600 : 600 + 16 + STEER_TOKENS], STEER_TOKENS
         )
         formats[name] = result
+        note(json.dumps({name: result}))
     return {
         "model_digest": model.source.digest(), "params": {"n_a": CheckParams().n_a, "tau_a": CheckParams().tau_a,
         "tau_g": CheckParams().tau_g, "repetitions": CheckParams().repetitions, "factor": CheckParams().factor},
