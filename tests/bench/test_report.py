@@ -99,6 +99,20 @@ def test_decode_bars_need_the_papers_capacity() -> None:
     assert other["bar"] is None
 
 
+@pytest.mark.parametrize(("phase", "length", "seconds", "bar", "met"), [
+    ("prefill", 6144, 5.9, 6.0, True), ("prefill", 6144, 6.1, 6.0, False), ("prefill", 3072, 9.0, None, None),
+    ("decode", 10_000, 1.29, 1.3, True), ("decode", 10_000, 1.31, 1.3, False),
+])  # fmt: skip
+def test_the_price_of_verification(
+    phase: str, length: int, seconds: float, bar: float | None, met: bool | None
+) -> None:
+    conditions = dataclasses.replace(CONDITIONS, phase=phase, emulated_gb_per_s=None)
+    pair = [point("run-ahead", seconds, None), point("dangerous-unverified", 1.0, None)]
+    (only,) = ratio_results(conditions, [dataclasses.replace(p, length=length) for p in pair])
+    assert (only["value"], only["bar"], only["met"]) == (seconds, bar, met)
+    assert only["name"] == f"{phase}.llama-8b.run-ahead_to_dangerous-unverified.n{length}.b1"
+
+
 @pytest.mark.parametrize(("auto", "met"), [(1.09, True), (1.11, False)])
 def test_the_adaptive_ratio_is_held_against_the_best_fixed_one(auto: float, met: bool) -> None:
     conditions = dataclasses.replace(CONDITIONS, phase="decode", prover_kv_tokens=0)

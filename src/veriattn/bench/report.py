@@ -23,6 +23,8 @@ ATTENTION_BARS = {("veriattn", "tsdp"): 4.19, ("veriattn", "full-tee"): 3.05}
 DECODE_BARS = {
     ("veriattn", "tsdp"): 3.86, ("veriattn", "full-tee"): 2.21, ("run-ahead", "tsdp"): 3.86, ("run-ahead", "full-tee"): 2.21,
 }  # fmt: skip
+#: How many times the time of the unverified prover `run-ahead` may take, on the link as it is.
+VERIFIED_BARS = {"prefill": 6.0, "decode": 1.3}
 PAPER_LINK_GB_PER_S = 15.0
 PAPER_PREFILL, PAPER_DECODE, PAPER_KV_TOKENS = 6000, 10_000, 2000
 
@@ -172,6 +174,23 @@ def ratio_results(conditions: Conditions, points: Sequence[Point]) -> list[Resul
                 # The bars are for an accelerator as prover; elsewhere they are shown for scale.
                 met = value >= bar if bar is not None and conditions.device != "cpu" else None
                 results.append(line(name + suffix, value, "x", bar=bar, met=met, roofline=best, higher=True))
+    return results + _price_results(conditions, at)
+
+
+def _price_results(conditions: Conditions, at: Mapping[tuple[str, int, int], Point]) -> list[Result]:
+    """What verification costs: `run-ahead` over the same prover unverified."""
+    results = []
+    for (strategy, length, batch), p in at.items():
+        plain = at.get(("dangerous-unverified", length, batch))
+        if plain is None or strategy != "run-ahead":
+            continue
+        value, best = p.seconds / plain.seconds, p.floor.seconds / plain.floor.seconds
+        longest = PAPER_PREFILL if conditions.phase == "prefill" else PAPER_DECODE
+        as_it_is = conditions.emulated_gb_per_s is None and conditions.prover_kv_tokens is None
+        bar = VERIFIED_BARS[conditions.phase] if as_it_is and length >= longest else None
+        met = value <= bar if bar is not None and conditions.device != "cpu" else None
+        name = f"{conditions.prefix}.run-ahead_to_dangerous-unverified.n{length}.b{batch}"
+        results.append(line(name, value, "x", bar=bar, met=met, roofline=best))
     return results
 
 
