@@ -192,9 +192,8 @@ def decode(decoding: Decoding, length: int, steps: int, *, adapting: bool = Fals
 def _ratio(runner: Runner) -> float | None:
     if not isinstance(runner, StrategyRunner) or runner.session is None or runner.flow is Flow.TSDP:
         return None
-    if runner.session.split is None:
-        return None
-    return runner.session.split.ratio
+    split = runner.session.split
+    return split.stats.ratios[-1] if split is not None and split.stats.ratios else None
 
 
 def sweep(
@@ -227,7 +226,7 @@ def sweep(
             split.fix_ratio(ratio)
             decoding.step("none")
             before = runner.counters()
-            chosen[ratio] = split.ratio
             times[ratio].append(decoding.step("none"))
+            chosen[ratio] = split.stats.ratios[-1]
             readings[ratio].append((before, runner.counters()))
     return {r: sample_of(runner, times[r], readings[r][0][0], _sum(readings[r]), None, chosen[r]) for r in ratios}
