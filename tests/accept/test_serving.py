@@ -66,12 +66,20 @@ print(json.dumps([openai.__version__, text]))
 """
 
 
-def test_openai_clients_of_both_generations_and_curl(server: Running, tmp_path: Path) -> None:
-    texts = []
+@pytest.fixture(scope="module")
+def sdks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Both generations of OpenAI's library, each in a directory."""
+    folders = {}
     for major in ("2", "3"):
-        target = tmp_path / major
-        install = [sys.executable, "-m", "pip", "install", "-q", "--target", str(target), f"openai=={major}.*"]
+        folders[major] = tmp_path_factory.mktemp("openai") / major
+        install = [sys.executable, "-m", "pip", "install", "-q", "--target", str(folders[major]), f"openai=={major}.*"]
         subprocess.run(install, check=True, capture_output=True)
+    return folders
+
+
+def test_openai_clients_of_both_generations_and_curl(server: Running, sdks: dict[str, Path]) -> None:
+    texts = []
+    for major, target in sdks.items():
         done = subprocess.run(
             [sys.executable, "-c", SCRIPT, server.url + "/v1"],
             env={**os.environ, "PYTHONPATH": str(target)}, capture_output=True, text=True, check=True,
@@ -90,6 +98,47 @@ def test_openai_clients_of_both_generations_and_curl(server: Running, tmp_path: 
     deltas = [json.loads(e[6:])["choices"][0]["delta"] for e in events[:-2]]
     texts.append("".join(d.get("content") or "" for d in deltas))
     assert len(set(texts)) == 1
+
+
+RECEIPTS = """
+import sys
+from veriattn.client import VerifiedOpenAI
+url, folder, digest = sys.argv[1:]
+with VerifiedOpenAI(url, "unused", model_digests=[digest]) as client:
+    for i, options in enumerate([{"temperature": 0}, {"temperature": 0.9, "top_p": 0.95}, {"stream": True, "seed": 7}]):
+        answer = client.openai.chat.completions.create(
+            model="smollm2", messages=[{"role": "user", "content": "Tell me about rivers."}], max_tokens=64, **options
+        )
+        if options.get("stream"):
+            list(answer)
+        found = client.verify()
+        # Without a TEE there is no quote; all the rest holds.
+        assert found.verdict == "NOT VERIFIED" and not found.failed(), found.failed()
+        assert all(step.startswith("quote.") for step in found.skipped()), found.skipped()
+        client.bundle().save(f"{folder}/{i}.json")
+"""
+
+
+def test_receipts_and_replay(server: Running, smollm2: Path, sdks: dict[str, Path], tmp_path: Path) -> None:
+    digest = server.get("/v1/models").json()["data"][0]["veriattn"]["model_digest"]
+    source = str(Path(__file__).parents[2] / "src")
+    for major, target in sdks.items():
+        folder = tmp_path / major
+        folder.mkdir()
+        environment = {**os.environ, "PYTHONPATH": f"{target}{os.pathsep}{source}"}
+        command = [sys.executable, "-c", RECEIPTS, server.url + "/v1", str(folder), digest]
+        subprocess.run(command, env=environment, check=True)
+        costs = []
+        for bundle in sorted(folder.iterdir()):
+            replay = ["receipt", "replay", str(bundle), "-m", str(smollm2), "--json"]
+            done = subprocess.run(
+                [sys.executable, "-m", "veriattn", *replay], env=environment, capture_output=True, text=True, check=True
+            )
+            found = json.loads(done.stdout.splitlines()[-1])
+            assert found["verdict"] == "MATCH"
+            costs.append(found["timing"]["ms_per_output_token"])
+        assert len(costs) == 3
+        print(f"\nreplay (receipts through SDK {major}): {', '.join(f'{c:.1f}' for c in costs)} ms per output token")
 
 
 def request_of(i: int) -> dict[str, Any]:

@@ -92,7 +92,7 @@ def test_a_quota_of_requests_at_a_time_and_turns_between_keys(start: Start, tmp_
     ended: list[str] = []
 
     def ask(name: str, key: str) -> None:
-        assert server.chat(max_tokens=20, ignore_eos=True, headers=bearer(key)).status_code == 200
+        assert server.chat(max_tokens=100, ignore_eos=True, headers=bearer(key)).status_code == 200
         ended.append(name)
 
     threads = [threading.Thread(target=ask, args=("alice", alice)) for _ in range(3)]

@@ -149,10 +149,10 @@ class Policy:
         )
 
     @classmethod
-    def load(cls, path: Path) -> Policy:
+    def load(cls, path: str | Path) -> Policy:
         """Read a policy file. Raises: ConfigError."""
         try:
-            raw = path.read_bytes()
+            raw = Path(path).read_bytes()
         except OSError as e:
             raise ConfigError(f"cannot read the policy {path}: {e.strerror}") from None
         try:

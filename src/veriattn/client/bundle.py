@@ -41,8 +41,9 @@ class Bundle:
             "attestation_nonce": self.attestation_nonce,
         }
 
-    def save(self, path: Path) -> None:
+    def save(self, path: str | Path) -> None:
         """Write the file, readable by its owner only: it holds prompt and answer. Raises: ModelError."""
+        path = Path(path)
         temporary = path.with_name(path.name + ".part")
         try:
             fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
@@ -54,7 +55,7 @@ class Bundle:
             raise ModelError(f"cannot write {path}: {e.strerror}") from None
 
     @classmethod
-    def load(cls, path: Path) -> Bundle:
+    def load(cls, path: str | Path) -> Bundle:
         """Read a bundle, or a bare receipt. Raises: ModelError where there is no file, AttestationError for damage."""
         data = parse_object(read_file(path), f"{path}", limit=_MAX_BYTES)
         if data.get("format") != FORMAT:
@@ -72,10 +73,10 @@ class Bundle:
         )
 
 
-def read_file(path: Path) -> bytes:
+def read_file(path: str | Path) -> bytes:
     """A whole file of bounded size. Raises: ModelError."""
     try:
-        with path.open("rb") as f:
+        with Path(path).open("rb") as f:
             raw = f.read(_MAX_BYTES + 1)
     except OSError as e:
         raise ModelError(f"cannot read {path}: {e.strerror}") from None
