@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import shlex
@@ -16,7 +17,7 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 from tests.server.harness import ROOT, Start
 
-from veriattn.server.config import load_config
+from veriattn.server.config import ServerConfig, load_config
 
 DEPLOY = ROOT / "deploy"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -81,6 +82,18 @@ def test_the_image_s_health_check(start: Start) -> None:
 def test_the_example_settings_are_understood() -> None:
     config = load_config(DEPLOY / "serve.toml")
     assert config.tls.ephemeral and config.keys_file and not config.demo
+
+
+def test_the_settings_in_the_docs_are_all_there_are_with_their_defaults(tmp_path: Path) -> None:
+    blocks = re.findall(r"```toml\n(.*?)```", (ROOT / "docs" / "serving.md").read_text(), re.DOTALL)
+    (shown,) = (b for b in blocks if b.startswith("host ="))
+    (tmp_path / "shown.toml").write_text(shown)
+    config = load_config(tmp_path / "shown.toml")
+    assert config == ServerConfig()
+    names = tomllib.loads(shown)
+    assert {k: set(v) if isinstance(v, dict) else None for k, v in names.items()} == {
+        k: set(v) if isinstance(v, dict) else None for k, v in dataclasses.asdict(config).items()
+    }
 
 
 def test_the_unit_starts_a_command_that_exists() -> None:
