@@ -7,6 +7,8 @@ namespace va {
 namespace avx512 {
 namespace {
 
+const i64 FEW = 16;  // rows of which one register of weights serves all at once
+
 // R rows by NB panels of 16 outputs over `steps` groups of 4 inputs. `chains` splits the sum where few rows would leave
 // the multiplier waiting for its own results.
 template <int R, int NB>
@@ -81,6 +83,68 @@ void rows(i64 m, const uint8_t* w, i64 panel_bytes, const int8_t* a, i64 lda, i6
     }
 }
 
+// One panel of 16 outputs by R rows, in CHAINS sums. Panels lie one after the other, so a caller that goes from panel to
+// panel reads its weights as one stream, which prefetching follows over the ends of panels.
+template <int R, int CHAINS>
+void panel(const uint8_t* w, const int8_t* a, i64 lda, i64 steps, int32_t* y, i64 ldy, const int32_t* init,
+           __mmask16 mask) {
+    __m512i acc[CHAINS][R];
+    VA_UNROLL
+    for (int r = 0; r < R; r++) {
+        acc[0][r] = _mm512_set1_epi32(init[r]);
+        VA_UNROLL
+        for (int c = 1; c < CHAINS; c++) acc[c][r] = _mm512_setzero_si512();
+    }
+    i64 s = 0;
+    for (; s + CHAINS <= steps; s += CHAINS) {
+        VA_UNROLL
+        for (int c = 0; c < CHAINS; c++) {
+            const __m512i v = _mm512_load_si512(w + (s + c) * 64);
+            prefetch(w + (s + c) * 64, 4096);
+            VA_UNROLL
+            for (int r = 0; r < R; r++) {
+                int32_t four;
+                memcpy(&four, a + r * lda + (s + c) * 4, 4);
+                acc[c][r] = dp_bytes(acc[c][r], v, _mm512_set1_epi32(four));
+            }
+        }
+    }
+    for (; s < steps; s++) {
+        const __m512i v = _mm512_load_si512(w + s * 64);
+        VA_UNROLL
+        for (int r = 0; r < R; r++) {
+            int32_t four;
+            memcpy(&four, a + r * lda + s * 4, 4);
+            acc[0][r] = dp_bytes(acc[0][r], v, _mm512_set1_epi32(four));
+        }
+    }
+    VA_UNROLL
+    for (int r = 0; r < R; r++) {
+        VA_UNROLL
+        for (int c = 1; c < CHAINS; c++) acc[0][r] = _mm512_add_epi32(acc[0][r], acc[c][r]);
+        _mm512_mask_storeu_epi32(y + r * ldy, mask, acc[0][r]);
+    }
+}
+
+template <int R, int CHAINS>
+void panels(const uint8_t* w, i64 panel_bytes, const int8_t* a, i64 lda, i64 steps, i64 cols, int32_t* y, i64 ldy,
+            const int32_t* init) {
+    for (i64 j = 0; j < cols; j += 16, w += panel_bytes) {
+        const __mmask16 mask = cols - j >= 16 ? 0xffff : (__mmask16)((1u << (cols - j)) - 1);
+        panel<R, CHAINS>(w, a, lda, steps, y + j, ldy, init, mask);
+    }
+}
+
+// panels<m, ...> for the m that is known only now.
+template <int R>
+void few(i64 m, const uint8_t* w, i64 panel_bytes, const int8_t* a, i64 lda, i64 steps, i64 cols, int32_t* y, i64 ldy,
+         const int32_t* init) {
+    if (m == R)
+        panels<R, R == 1 ? 8 : R <= 4 ? 4 : R <= 8 ? 2 : 1>(w, panel_bytes, a, lda, steps, cols, y, ldy, init);
+    else if constexpr (R > 1)
+        few<R - 1>(m, w, panel_bytes, a, lda, steps, cols, y, ldy, init);
+}
+
 }  // namespace
 
 void row_offsets(const int8_t* a, i64 lda, i64 k, i64 rows, int32_t* out) {
@@ -109,6 +173,12 @@ void gemm(const uint8_t* packed, i64 n, i64 k, const int8_t* a, i64 m, i64 n0, i
         lda = k4;
     }
     row_offsets(a, lda, k4, m, init);
+    if (m <= FEW) {
+        // What memory delivers is the limit.
+        const uint8_t* w = packed + n0 / 16 * panel_bytes;
+        few<FEW>(m, w, panel_bytes, a, lda, k4 / 4, n1 - n0, y + n0, n, init);
+        return;
+    }
     // With many rows, a slice of 64 outputs by 1024 inputs (64 KiB) stays close while all rows pass it.
     const i64 slice = m > 12 ? 1024 : k4;
     for (i64 j = n0; j < n1; j += 64) {

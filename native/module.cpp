@@ -177,7 +177,7 @@ void run_gemm(const Kernels& ks, const uint8_t* packed, i64 n, i64 k, const int8
     const i64 blocks = (n + 63) / 64, threads = get_threads();
     i64 per = blocks / (threads * 4);
     per = per < 1 ? 1 : per;
-    parallel_for((blocks + per - 1) / per, m * n * k > 2000000, [&](i64 i) {
+    parallel_for((blocks + per - 1) / per, m * n * k > 200000, [&](i64 i) {
         ks.gemm(packed, n, k, a, m, i * per * 64, min64(n, (i + 1) * per * 64), y);
     });
 }
@@ -237,7 +237,7 @@ void gemm_i8(nb::handle a_, nb::handle w_, nb::handle y_) {
         run_gemm(ks, (const uint8_t*)w.data, n, k, a.data, m, y.data);
         return;
     }
-    parallel_for((n + 63) / 64, m * n * k > 2000000, [&](i64 i) {
+    parallel_for((n + 63) / 64, m * n * k > 200000, [&](i64 i) {
         // Each task packs its 64 columns into its own work space.
         const i64 n0 = i * 64, cols = min64(64, n - n0);
         uint8_t* packed = (uint8_t*)scratch(S_PACK, packed_bytes(ks.format, cols, k) + 64);

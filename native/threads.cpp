@@ -6,6 +6,7 @@
 #include <string.h>
 
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <mutex>
 #include <new>
@@ -62,29 +63,92 @@ void work(Job& job) {
     }
 }
 
+inline void relax() {
+#if VA_X86
+    _mm_pause();
+#else
+    asm volatile("yield");
+#endif
+}
+
+// A step of a model is hundreds of short loops in a row, so workers that have just worked look out for the next loop
+// for a while before they sleep: a sleeper takes longer to wake than such a loop takes to run. They give the CPU away
+// as soon as anyone else wants it.
+class Patience {
+  public:
+    // False once the time is up.
+    bool wait() {
+        if (++rounds_ < 64) {
+            relax();
+            return true;
+        }
+        sched_yield();
+        if (rounds_ == 64) since_ = std::chrono::steady_clock::now();
+        return rounds_ % 16 || std::chrono::steady_clock::now() - since_ < std::chrono::microseconds(200);
+    }
+
+  private:
+    unsigned rounds_ = 0;
+    std::chrono::steady_clock::time_point since_;
+};
+
 struct Pool {
     std::mutex use;  // held by the caller whose loop is running
-    std::mutex m;
-    std::condition_variable wake, done;
-    Job* job = nullptr;
-    uint64_t generation = 0;
-    int workers = 0, wanted = 0, active = 0;
+    std::mutex m;    // of the sleepers
+    std::condition_variable wake;
+    // A worker counts itself active before it looks at `job`, and the caller takes `job` away before it looks at
+    // `active`: either the worker finds nothing, or the caller waits for it. Hence sequential consistency.
+    std::atomic<Job*> job{nullptr};
+    std::atomic<uint64_t> generation{0};
+    std::atomic<int> wanted{0}, active{0}, sleeping{0};
+    int workers = 0;
+
+    bool called(int index, uint64_t seen) { return generation != seen && index < wanted && job != nullptr; }
 
     void loop(int index) {
-        std::unique_lock<std::mutex> lock(m);
         uint64_t seen = 0;
         for (;;) {
-            wake.wait(lock, [&] { return generation != seen && job != nullptr && index < wanted; });
+            Patience patience;
+            bool ready;
+            while (!(ready = called(index, seen)) && patience.wait()) {
+            }
+            if (!ready) {
+                std::unique_lock<std::mutex> lock(m);
+                sleeping++;
+                wake.wait(lock, [&] { return called(index, seen); });
+                sleeping--;
+            }
+            active++;
             seen = generation;
             Job* mine = job;
-            active++;
-            lock.unlock();
-            work(*mine);
-            lock.lock();
-            if (--active == 0) done.notify_all();
+            if (mine && index < wanted) work(*mine);
+            active--;
+        }
+    }
+
+    void post(Job& next, int helpers) {
+        wanted = helpers;
+        job = &next;
+        generation++;
+        if (sleeping > 0) {
+            std::lock_guard<std::mutex> lock(m);
+            wake.notify_all();
+        }
+    }
+
+    void finish() {
+        job = nullptr;
+        for (unsigned i = 0; active != 0; i++) {
+            if (i < 1024)
+                relax();
+            else
+                sched_yield();
         }
     }
 };
+
+// A loop inside a loop runs on the thread that meets it.
+thread_local bool inside = false;
 
 // Never destroyed: detached workers may outlive static destructors.
 Pool* pool = new Pool;
@@ -161,29 +225,24 @@ void parallel_for_raw(i64 n, bool worth_it, void (*fn)(void*, i64), void* ctx) {
     job.fn = fn;
     job.ctx = ctx;
     job.n = n;
-    int helpers = worth_it ? (int)min64(get_threads(), n) - 1 : 0;
+    const int helpers = worth_it && !inside ? (int)min64(get_threads(), n) - 1 : 0;
     Pool& p = *pool;
     // Where another caller has the pool, this one just does its own work.
     std::unique_lock<std::mutex> use(p.use, std::defer_lock);
+    const bool outer = inside;
+    inside = true;
     if (helpers > 0 && use.try_lock()) {
-        {
-            std::lock_guard<std::mutex> lock(p.m);
-            while (p.workers < helpers) {
-                std::thread(&Pool::loop, &p, p.workers).detach();
-                p.workers++;
-            }
-            p.job = &job;
-            p.wanted = helpers;
-            p.generation++;
+        while (p.workers < helpers) {
+            std::thread(&Pool::loop, &p, p.workers).detach();
+            p.workers++;
         }
-        p.wake.notify_all();
+        p.post(job, helpers);
         work(job);
-        std::unique_lock<std::mutex> lock(p.m);
-        p.job = nullptr;  // late wakers find nothing to do
-        p.done.wait(lock, [&] { return p.active == 0; });
+        p.finish();
     } else {
         work(job);
     }
+    inside = outer;
     if (job.failed) throw std::bad_alloc();
 }
 
