@@ -183,7 +183,7 @@ struct Kernels {
 };
 
 // Grow-only work space of the calling thread, 64-byte aligned; `slot` keeps the users apart.
-enum Slot { S_ROW = 0, S_ROW2, S_GEMM, S_T, S_FIELD, S_PREPARE, S_PACK, S_SLOTS };
+enum Slot { S_ROW = 0, S_ROW2, S_GEMM, S_T, S_FIELD, S_PREPARE, S_PACK, S_LAYER, S_SLOTS };
 void* scratch(Slot slot, size_t bytes);
 
 extern const Kernels portable_kernels;

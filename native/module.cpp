@@ -12,45 +12,18 @@
 #include <memory>
 
 #include "buffer.h"
-#include "dispatch.h"
 #include "module_float.h"
+#include "module_layer.h"
+#include "module_ring.h"
 #include "module_share.h"
 #include "pack.h"
-#include "threads.h"
+#include "run.h"
 #include "wipe.h"
 
 namespace nb = nanobind;
 
 namespace va {
 namespace {
-
-const i64 MAX_IN = 131071, MAX_KEYS = 131072, MAX_DIM = (i64)1 << 31;
-
-void require(bool ok, const char* what) {
-    if (!ok) throw std::invalid_argument(what);
-}
-
-// Rows per task: enough tasks to even out, none so small that handing it out costs more than it does.
-i64 rows_per_task(i64 rows, i64 row_cost) {
-    const i64 even = (rows + 4 * get_threads() - 1) / (4 * get_threads()), least = 1 + 20000 / (row_cost + 1);
-    return even > least ? even : least;
-}
-
-template <class F>
-void over_rows(i64 rows, i64 row_cost, F&& f) {
-    i64 step = rows_per_task(rows, row_cost);
-    parallel_for((rows + step - 1) / step, rows * row_cost > 60000,
-                 [&](i64 i) { f(i * step, min64(rows, (i + 1) * step)); });
-}
-
-template <class F>
-bool all_rows(i64 rows, i64 row_cost, F&& f) {
-    std::atomic<bool> ok{true};
-    over_rows(rows, row_cost, [&](i64 t0, i64 t1) {
-        if (!f(t0, t1)) ok = false;
-    });
-    return ok;
-}
 
 // --- elementwise ---------------------------------------------------------------------------------------------------
 
@@ -172,57 +145,16 @@ void dequantise(nb::handle x_, nb::handle y_, nb::handle a_scale_, nb::handle w_
 
 // --- gemm ----------------------------------------------------------------------------------------------------------
 
-void run_gemm(const Kernels& ks, const uint8_t* packed, i64 n, i64 k, const int8_t* a, i64 m, int32_t* y) {
-    // Columns are split in multiples of 64; a task keeps its weights in cache while all rows pass.
-    const i64 blocks = (n + 63) / 64, threads = get_threads();
-    i64 per = blocks / (threads * 4);
-    per = per < 1 ? 1 : per;
-    parallel_for((blocks + per - 1) / per, m * n * k > 200000, [&](i64 i) {
-        ks.gemm(packed, n, k, a, m, i * per * 64, min64(n, (i + 1) * per * 64), y);
-    });
+void multiply(const PackedLinear& w, nb::handle a_, nb::handle y_) {
+    Buffer<const int8_t> a(a_.ptr(), "a", 2);
+    Buffer<int32_t> y(y_.ptr(), "y", 2);
+    const i64 m = a.dim(0);
+    a.shape({m, w.inputs()});
+    y.shape({m, w.outputs()});
+    w.ready();
+    nb::gil_scoped_release release;
+    w.multiply(a.data, m, y.data);
 }
-
-class PackedLinear {
-  public:
-    explicit PackedLinear(nb::handle w_) : format_(kernels().format) {
-        Buffer<const int8_t> w(w_.ptr(), "w", 2);
-        n_ = w.dim(0);
-        k_ = w.dim(1);
-        require(k_ <= MAX_IN && n_ <= MAX_DIM, "more than 131071 input features");
-        bytes_ = packed_bytes(format_, n_, k_);
-        data_.reset(static_cast<uint8_t*>(aligned_alloc(64, (bytes_ + 63) / 64 * 64 + 64)));
-        if (!data_) throw std::bad_alloc();
-        nb::gil_scoped_release release;
-        const i64 blocks = (n_ + 63) / 64;
-        parallel_for(blocks, bytes_ > 100000, [&](i64 i) {
-            pack_rows(format_, w.data, n_, k_, i * 64, min64(n_, i * 64 + 64), data_.get());
-        });
-    }
-
-    void multiply(nb::handle a_, nb::handle y_) const {
-        Buffer<const int8_t> a(a_.ptr(), "a", 2);
-        Buffer<int32_t> y(y_.ptr(), "y", 2);
-        const i64 m = a.dim(0);
-        a.shape({m, k_});
-        y.shape({m, n_});
-        const Kernels& ks = kernels();
-        require(ks.format == format_, "the weights were packed for another instruction set");
-        nb::gil_scoped_release release;
-        run_gemm(ks, data_.get(), n_, k_, a.data, m, y.data);
-    }
-
-    nb::tuple shape() const { return nb::make_tuple(n_, k_); }
-    size_t nbytes() const { return bytes_; }
-
-  private:
-    struct Free {
-        void operator()(uint8_t* p) const { free(p); }
-    };
-    Format format_;
-    i64 n_, k_;
-    size_t bytes_;
-    std::unique_ptr<uint8_t, Free> data_;
-};
 
 void gemm_i8(nb::handle a_, nb::handle w_, nb::handle y_) {
     Buffer<const int8_t> a(a_.ptr(), "a", 2), w(w_.ptr(), "w", 2);
@@ -288,17 +220,7 @@ void attention(nb::handle q_, nb::handle q_scale_, nb::handle k_, nb::handle k_s
     AttentionArgs s{q.data, q_scale.data, k.data, k_scale.data, v.data, g.data, table.data, t, heads, kv_heads, d,
                     start, o.data, l.data, pg.data, nullptr, row_max.data, own_max.data};
     nb::gil_scoped_release release;
-    const Kernels& ks = kernels();
-    const i64 tile = ks.tile_queries(s), tiles = (t + tile - 1) / tile, used = (start + t + PAGE - 1) / PAGE;
-    const bool big = t * heads * (start + t) * d > 1000000;
-    const size_t prepared = ks.prepare_bytes(s);
-    s.prepared = prepared ? scratch(S_PREPARE, prepared * (size_t)kv_heads) : nullptr;
-    if (prepared) parallel_for(kv_heads * used, big, [&](i64 i) { ks.prepare(s, i / used, i % used, i % used + 1); });
-    // The last tiles see the most keys: they go first, and the short ones fill the gaps.
-    parallel_for(kv_heads * tiles, big, [&](i64 i) {
-        const i64 at = tiles - 1 - i / kv_heads;
-        ks.attention(s, i % kv_heads, at * tile, min64(t, (at + 1) * tile));
-    });
+    run_attention(s);
 }
 
 void attention_transfer(nb::handle scores_, nb::handle q_, nb::handle q_scale_, nb::handle k_, nb::handle c_,
@@ -397,15 +319,7 @@ void linear_check(nb::handle y_, nb::handle r_, nb::handle a_, nb::handle u_, nb
     copy.shape({t, n});
     ok.shape({t});
     nb::gil_scoped_release release;
-    over_rows(t, n + k, [&](i64 t0, i64 t1) {
-        const i64 m = t1 - t0;
-        uint64_t* left = (uint64_t*)scratch(S_ROW, sizeof(uint64_t) * (size_t)(4 * m));
-        uint64_t* right = left + 2 * m;
-        kernels().dot_i32(y.data + t0 * n, n, r.data, 0, m, copy.given ? copy.data + t0 * n : nullptr, left);
-        kernels().dot_i8(a.data + t0 * k, k, k, u.data, 0, m, right, 2);
-        for (i64 i = 0; i < m; i++)
-            ok.data[t0 + i] = (left[2 * i] == right[2 * i]) & (left[2 * i + 1] == right[2 * i + 1]);
-    });
+    check_rows(y.data, n, r.data, a.data, k, u.data, t, copy.data, ok.data);
 }
 
 void project_weights(nb::handle w_, nb::handle r_, nb::handle u_) {
@@ -562,8 +476,8 @@ NB_MODULE(_native, m) {
     m.def("gemm_i8", &gemm_i8);
     nb::class_<PackedLinear>(m, "PackedLinear")
         .def(nb::init<nb::handle>())
-        .def("multiply", &PackedLinear::multiply)
-        .def_prop_ro("shape", &PackedLinear::shape)
+        .def("multiply", &multiply)
+        .def_prop_ro("shape", [](const PackedLinear& w) { return nb::make_tuple(w.outputs(), w.inputs()); })
         .def_prop_ro("nbytes", &PackedLinear::nbytes);
     m.def("attention", &attention, nb::arg("q"), nb::arg("q_scale"), nb::arg("k_pages"), nb::arg("k_scale_pages"),
           nb::arg("v_pages").none(), nb::arg("g_pages").none(), nb::arg("block_table"), nb::arg("start"),
@@ -574,6 +488,8 @@ NB_MODULE(_native, m) {
     m.def("weighted_values", &weighted_values);
     bind_share(m);
     bind_float(m);
+    bind_layer(m);
+    bind_ring(m);
     m.def("linear_check", &linear_check, nb::arg("y"), nb::arg("r"), nb::arg("a"), nb::arg("u"), nb::arg("out").none(),
           nb::arg("ok"));
     m.def("project_weights", &project_weights);

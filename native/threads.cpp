@@ -202,11 +202,17 @@ void register_fork_handler() {
     (void)registered;
 }
 
-int default_threads() {
+int count_cpus() {
     cpu_set_t set;
     CPU_ZERO(&set);
     int n = sched_getaffinity(0, sizeof set, &set) == 0 ? CPU_COUNT(&set) : 1;
     return n < 1 ? 1 : n > 256 ? 256 : n;
+}
+
+// Asked once: a loop of a few microseconds has no time for a system call.
+int default_threads() {
+    static const int n = count_cpus();
+    return n;
 }
 
 }  // namespace

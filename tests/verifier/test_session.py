@@ -145,16 +145,16 @@ def interrupt(channel: type[Channel], method: str, at: int, monkeypatch: pytest.
     monkeypatch.setattr(channel, method, call)
 
 
-@pytest.mark.parametrize("at", [1, 2, 7])
+@pytest.mark.parametrize(("method", "at"), [("recv", 1), ("recv", 2), ("recv_all", 1), ("recv_all", 2)])
 def test_an_interrupt_ends_the_session(
-    at: int, tiny_model: Path, model: VerifierModel, monkeypatch: pytest.MonkeyPatch
+    method: str, at: int, tiny_model: Path, model: VerifierModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """While the prover starts (its READY is the first message), at the first claim, in the middle of a step."""
+    """While the prover starts (its READY is the first message), at some later claim, at the first layer, at the next."""
     made: list[ChildProver] = []
     taken: list[KeySet] = []
     take = model.take_keys
     monkeypatch.setattr(model, "take_keys", lambda: taken.append(take()) or taken[-1])
-    interrupt(RingChannel, "recv", at, monkeypatch)
+    interrupt(RingChannel, method, at, monkeypatch)
 
     def start(model: VerifierModel) -> Prover:
         made.append(ChildProver(model))

@@ -18,10 +18,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from veriattn.errors import ConfigError, MalformedMessage, ProverTimeout, ProverUnavailable
+from veriattn.errors import (
+    ConfigError,
+    InternalError,
+    MalformedMessage,
+    ProverFault,
+    ProverTimeout,
+    ProverUnavailable,
+    TranscriptMismatch,
+)
+from veriattn.native import kernels
 from veriattn.wire import ring as wr
 from veriattn.wire.channel import RingChannel, accept_channel
-from veriattn.wire.messages import BadRequest, Kind, Limits
+from veriattn.wire.messages import BadRequest, ErrorCode, Kind, Limits, encode_error
 from veriattn.wire.ring import RingGeometry, create_segment, read_geometry
 
 SMALL = RingGeometry(slot_bytes=4096, to_prover_slots=2, from_prover_slots=4)
@@ -423,3 +432,108 @@ def test_prover_refuses_a_segment_that_could_be_truncated() -> None:
             read_geometry(fd)
     finally:
         os.close(fd)
+
+
+# --- several messages at once ----------------------------------------------------------------------------------------
+
+
+def arrays(*sizes: int) -> list[np.ndarray]:
+    return [np.random.default_rng(i).integers(0, 256, size, np.uint8) for i, size in enumerate(sizes)]
+
+
+@given(
+    st.lists(st.integers(0, 20_000), min_size=1, max_size=9), st.sampled_from([(2, 2), (3, 5), (2, 64)]), st.booleans()
+)
+@settings(max_examples=40, deadline=None)
+def test_messages_at_once_are_those_one_by_one(sizes: list[int], slots: tuple[int, int], together: bool) -> None:
+    """Either end may use either way; rings that are too small for all, or for one, are met too."""
+    verifier, prover = ring_pair(RingGeometry(4096, *slots))
+    payloads = arrays(*sizes)
+    outs = [np.empty(size, np.uint8) for size in sizes]
+    with verifier, prover:
+        if together:
+            writer = threading.Thread(target=lambda: prover.send_all(Kind.CLAIM, payloads))
+        else:
+            writer = threading.Thread(target=lambda: [prover.send(Kind.CLAIM, p) for p in payloads])
+        writer.start()
+        verifier.recv_all(Kind.CLAIM, outs, naps=1)
+        writer.join()
+        assert all(np.array_equal(a, b) for a, b in zip(outs, payloads, strict=True))
+        assert verifier.bytes_received == prover.bytes_sent == sum(sizes) + 32 * len(sizes)
+        writer = threading.Thread(target=lambda: prover.send_all(Kind.CLAIM, payloads))
+        writer.start()
+        received = [verifier.recv(Kind.CLAIM, size) for size in sizes]
+        writer.join()
+        assert all(np.array_equal(a, b) for a, b in zip(received, payloads, strict=True))
+
+
+def test_an_unexpected_message_among_several_is_named(pair: tuple[RingChannel, RingChannel]) -> None:
+    verifier, prover = pair
+    payloads = arrays(10, 11, 12)
+    prover.send_all(Kind.CLAIM, payloads)
+    outs = [np.zeros(10, np.uint8), np.zeros(10, np.uint8), np.zeros(12, np.uint8)]
+    with pytest.raises(TranscriptMismatch, match="message 1"):
+        verifier.recv_all(Kind.CLAIM, outs)
+    assert np.array_equal(outs[0], payloads[0]) and not outs[1].any()
+    with pytest.raises(ProverUnavailable):
+        verifier.recv_all(Kind.CLAIM, outs)
+
+
+def test_an_error_message_among_several_is_reported(pair: tuple[RingChannel, RingChannel]) -> None:
+    verifier, prover = pair
+    prover.send_all(Kind.CLAIM, arrays(10))
+    prover.send(Kind.ERROR, encode_error(ErrorCode.INTERNAL, "out of luck"))
+    with pytest.raises(ProverFault, match="out of luck"):
+        verifier.recv_all(Kind.CLAIM, [np.empty(10, np.uint8), np.empty(11, np.uint8)])
+
+
+def test_missing_messages_meet_the_deadline(pair: tuple[RingChannel, RingChannel]) -> None:
+    verifier, prover = pair
+    prover.send_all(Kind.CLAIM, arrays(10))
+    with pytest.raises(ProverTimeout):
+        verifier.recv_all(Kind.CLAIM, [np.empty(10, np.uint8), np.empty(11, np.uint8)], 0.05, naps=3)
+
+
+@pytest.mark.parametrize("head", [0, 6, 2**63, 2**64 - 1])
+def test_lies_about_the_head_are_met_by_several_at_once(pair: tuple[RingChannel, RingChannel], head: int) -> None:
+    verifier, prover = pair
+    out = [np.empty(10, np.uint8)]
+    prover.send_all(Kind.CLAIM, arrays(10))
+    verifier.recv_all(Kind.CLAIM, out)
+    words(prover).store(FROM + HEAD, head)
+    with pytest.raises(MalformedMessage):
+        verifier.recv_all(Kind.CLAIM, out, 0.2)
+
+
+def test_a_waiting_reader_is_woken_by_several_at_once(pair: tuple[RingChannel, RingChannel]) -> None:
+    verifier, prover = pair
+    payloads, outs = arrays(10, 20), [np.empty(10, np.uint8), np.empty(20, np.uint8)]
+    reader = threading.Thread(target=lambda: verifier.recv_all(Kind.CLAIM, outs))
+    reader.start()
+    time.sleep(0.02)
+    prover.send_all(Kind.CLAIM, payloads)
+    reader.join(5.0)
+    assert not reader.is_alive() and np.array_equal(outs[1], payloads[1])
+
+
+def test_misuse_of_the_native_path_is_refused(pair: tuple[RingChannel, RingChannel]) -> None:
+    consumer = pair[0]._transport._consumer  # type: ignore[attr-defined]
+    good = (consumer._words.page, FROM, consumer._data, 4096)
+    out = [np.empty(1, np.uint8)]
+    assert kernels.ring_take(*good, 0, 0, bytes(32), out) == (0, 0, 0, False)
+    for bad in [
+        (*good[:1], FROM + 8, *good[2:], 0, 0, bytes(32), out),
+        (*good[:1], 4096 - 64, *good[2:], 0, 0, bytes(32), out),
+        (*good[:3], 4095, 0, 0, bytes(32), out),
+        (*good[:3], 1 << 20, 0, 0, bytes(32), out),
+        (*good, 1, 1, bytes(32), out),
+        (*good, 8192, 1, bytes(32), out),
+        (*good, 0, 0, bytes(31), out),
+        (*good, 0, 0, bytes(64), out),
+        (*good, 0, 0, bytes(32), [b"read only"]),
+        (*good, 0, 0, bytes(32), [np.empty((4, 4), np.uint8)[:, :2]]),
+    ]:
+        with pytest.raises(InternalError):
+            kernels.ring_take(*bad)
+    with pytest.raises(InternalError):
+        kernels.ring_put(*good, 4096, 2, bytes(32), out)

@@ -8,18 +8,20 @@ instruction set. Field elements given as arguments must be below `veriattn.spec.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
 from mmap import mmap
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from veriattn.errors import ConfigError, InternalError, NumericsError
 from veriattn.native import _native
+from veriattn.native.layers import LocalLayer
 from veriattn.spec.constants import query_scale_constant
 from veriattn.spec.field import U8, U64
+from veriattn.spec.model import LayerTensors, ModelConfig
 from veriattn.spec.reference import F32, I8, I32, I64
 
 #: Python 3.11 has no name for what supports the buffer protocol.
@@ -45,12 +47,17 @@ def _checked(function: Callable[_Args, _Result]) -> Callable[_Args, _Result]:
     return call
 
 
+def out_of_domain() -> NumericsError:
+    """The error for an activation that the canonical function does not know."""
+    return NumericsError(
+        "an activation is not finite or is 2**40 or larger",
+        hint="the model does not fit the canonical numerics; convert it again and look at its quality report",
+    )
+
+
 def _in_domain(ok: bool) -> None:
     if not ok:
-        raise NumericsError(
-            "an activation is not finite or is 2**40 or larger",
-            hint="the model does not fit the canonical numerics; convert it again and look at its quality report",
-        )
+        raise out_of_domain()
 
 
 # --- linear -----------------------------------------------------------------------------------------------------
@@ -176,6 +183,23 @@ def logits(y_i32: I32, a_scale: F32, w_scale: F32) -> F32:
     out = np.empty(y_i32.shape, np.float32)
     _native.dequantise(None, y_i32, a_scale, w_scale, None, out)
     return out
+
+
+# --- whole layers (native.layers) -----------------------------------------------------------------------------------
+
+
+def local_layer(
+    config: ModelConfig, tensors: LayerTensors, weights: Sequence[PackedLinear]
+) -> Callable[..., npt.NDArray[np.float32]]:
+    """A layer as a function: `native.layers.LocalLayer.run`, with NumericsError outside the domain."""
+    layer = LocalLayer(config, tensors, weights)
+
+    def run(*args: Any) -> F32:
+        out, ok = layer.run(*args)
+        _in_domain(ok)
+        return out
+
+    return run
 
 
 # --- attention over the paged cache (spec.kv) -----------------------------------------------------------------------
@@ -309,6 +333,44 @@ def load_acquire_u64(buffer: WritableBuffer, byte_offset: int) -> int:
 def store_release_u64(buffer: WritableBuffer, byte_offset: int, value: int) -> None:
     """Atomic store of an aligned 8-byte word, after all earlier writes. Raises: ValueError."""
     _native.store_release_u64(buffer, byte_offset, value)
+
+
+@_checked
+def ring_put(
+    page: memoryview,
+    base: int,
+    data: memoryview,
+    slot_bytes: int,
+    pos: int,
+    tail: int,
+    headers: bytes,
+    payloads: list[Any],
+) -> tuple[int, int, int, bool]:
+    """Messages into a shared ring (wire/ring.py), as many as there is room for, published together.
+
+    pos: bytes since the start; tail: the reader's counter; headers: 32 bytes for each payload.
+    Returns (pos, tail, messages written, whether the reader waits).
+    """
+    return _native.ring_put(page, base, data, slot_bytes, pos, tail, headers, payloads)
+
+
+@_checked
+def ring_take(
+    page: memoryview,
+    base: int,
+    data: memoryview,
+    slot_bytes: int,
+    pos: int,
+    head: int,
+    headers: bytes,
+    payloads: list[Any],
+) -> tuple[int, int, int, bool]:
+    """Messages out of a shared ring into private memory, as many as are complete and have the expected headers.
+
+    Trust: the ring is adversarial. Its counter is loaded, checked and used as one value, and every byte is read once.
+    Returns (pos, head, messages taken, whether the writer waits). What is not as expected stays where it is.
+    """
+    return _native.ring_take(page, base, data, slot_bytes, pos, head, headers, payloads)
 
 
 # --- the machine ----------------------------------------------------------------------------------------------------

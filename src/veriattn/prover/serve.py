@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,14 @@ class ChannelSink:
         self._channel.send(Kind.CLAIM, values)
 
 
+class LayerSink(ChannelSink):
+    """Claims as messages, those of a whole layer together."""
+
+    def claim_layer(self, claims: Sequence[np.ndarray[Any, Any]]) -> None:
+        """Send a layer's claims in their order; they may be overwritten afterwards."""
+        self._channel.send_all(Kind.CLAIM, claims)
+
+
 def cpu_backend(hello: Hello, finder: ModelFinder | None = None) -> Backend:
     """The default factory. With a finder the model's digest alone says which model. Raises: ModelError."""
     if finder is None and not hello.model_path:
@@ -82,7 +90,7 @@ def batch_of(step: Step) -> Batch:
 def serve(
     channel: Channel,
     make_backend: BackendFactory = cpu_backend,
-    make_sink: Callable[[Channel], ClaimSink] = ChannelSink,
+    make_sink: Callable[[Channel], ClaimSink] | None = None,
     first_message_s: float | None = None,
     wipe: Callable[[], None] = wipe_free_memory,
 ) -> None:
@@ -98,13 +106,14 @@ def serve(
             raise BadRequest(f"this prover implements spec version {SPEC_VERSION}")
         backend = make_backend(hello)
         channel.send(Kind.READY, encode_ready(Ready(os.getpid(), hello.protocol, SPEC_VERSION, backend.device)))
-        sink = make_sink(channel)
         limits, config = hello.limits, backend.config
         operation_bytes = max_request_bytes(config, limits) if hello.mode is Mode.OPERATIONS else 0
         shares = SplitProver(channel, config, limits)
         trace = FileTrace(os.environ[TRACE_VARIABLE]) if TRACE_VARIABLE in os.environ else None
         if trace is not None:
             channel.set_trace(trace)
+        # A trace shows single operations.
+        sink = make_sink(channel) if make_sink else LayerSink(channel) if trace is None else ChannelSink(channel)
         while True:
             if trace is not None:
                 trace.flush()

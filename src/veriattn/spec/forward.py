@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from types import ModuleType
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
@@ -15,6 +16,10 @@ from veriattn.spec.model import LayerTensors, ModelTensors
 from veriattn.spec.reference import F32, I8, I32, I64
 
 LogitRows = Literal["none", "last", "all"]
+
+#: Tokens up to which a layer is worth doing in one call: with more, operations take long enough by themselves, and a
+#: prover's claims should leave one by one.
+FUSED_ROWS = 64
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,11 @@ class Batch:
             out.append(slice(at, at + e.num_tokens))
             at += e.num_tokens
         return out
+
+    @cached_property
+    def runs(self) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """(entries, 2): start and number of tokens of each entry."""
+        return np.array([(e.start, e.num_tokens) for e in self.entries], dtype=np.int64)
 
     def token_ids(self) -> np.ndarray[tuple[int], np.dtype[np.int32]]:
         return np.array([t for e in self.entries for t in e.token_ids], dtype=np.int32)
@@ -108,6 +118,14 @@ class Operations(Protocol):
         ...
 
 
+class FusedOperations(Operations, Protocol):
+    """Operations that may also do a layer as a whole, with the bits and the errors of `run_layer`'s own way."""
+
+    def fused_layer(self, ctx: StepContext, i: int, layer: LayerTensors, x: F32) -> F32 | None:
+        """See `run_layer`. None where this layer of this step is to be done operation by operation."""
+        ...
+
+
 @dataclass(frozen=True)
 class StepContext:
     """What every layer of one step shares."""
@@ -131,6 +149,11 @@ def start_step(
 
 def run_layer(ctx: StepContext, i: int, layer: LayerTensors, x: F32) -> F32:
     """One decoder layer on the residual stream. Shapes: (tokens, hidden) -> (tokens, hidden)."""
+    fused = getattr(ctx.ops, "fused_layer", None)
+    if fused is not None and x.shape[0] <= FUSED_ROWS:
+        whole: F32 | None = fused(ctx, i, layer, x)
+        if whole is not None:
+            return whole
     c, k, ops, eps = ctx.model.config, ctx.kernels, ctx.ops, ctx.model.eps
     a, a_scale = k.norm_quantise(x, eps)
     y = ops.linear(f"layers.{i}.qkv", a)

@@ -10,9 +10,9 @@ import numpy as np
 import numpy.typing as npt
 
 from veriattn.spec import reference
-from veriattn.spec.forward import AttentionInput, Batch
+from veriattn.spec.forward import AttentionInput, Batch, StepContext
 from veriattn.spec.kv import PagedCache, attention_cache
-from veriattn.spec.model import ModelConfig
+from veriattn.spec.model import LayerTensors, ModelConfig
 from veriattn.spec.reference import F32, I8, I32, I64
 
 
@@ -34,6 +34,7 @@ class LocalOperations:
         self._config = config
         self._weights = weights
         self._kernels = kernels
+        self._fused: dict[int, tuple[list[Any], Any]] = {}
         self._caches: list[PagedCache] = [
             attention_cache(config.num_kv_heads, config.head_dim, max_pages) for _ in range(config.num_layers)
         ]
@@ -42,6 +43,26 @@ class LocalOperations:
         """See `Operations.linear`."""
         y: I32 = self._kernels.gemm_packed(self._weights(name), a_i8)
         return y
+
+    def fused_layer(
+        self, ctx: StepContext, i: int, layer: LayerTensors, x: F32, claims: tuple[Any, ...] | None = None
+    ) -> F32 | None:
+        """See `FusedOperations`; `kernels` decides whether it has such a thing. claims: filled where given, in the order
+        of the forward pass, also where NumericsError is raised."""
+        make = getattr(self._kernels, "local_layer", None)
+        if make is None or ctx.kernels is not self._kernels:
+            return None
+        weights = [self._weights(f"layers.{i}.{part}") for part in ("qkv", "o", "gate_up", "down")]
+        kept = self._fused.get(i)
+        if kept is None or any(a is not b for a, b in zip(kept[0], weights, strict=True)):
+            kept = self._fused[i] = (weights, make(self._config, layer, weights))
+        cache, tables = self._caches[i], []
+        for entry in ctx.batch.entries:
+            cache.extend(entry.seq_id, entry.num_tokens)
+            tables.append(cache.table(entry.seq_id))
+        a = cache.arrays
+        out: F32 = kept[1](x, ctx.cos, ctx.sin, ctx.batch.runs, tables, a["k"], a["k_scale"], a["v"], claims)
+        return out
 
     def attention(self, layer: int, batch: Batch, x: AttentionInput) -> tuple[I64, I32]:
         """See `Operations.attention`."""

@@ -11,7 +11,7 @@ from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from veriattn.errors import AttentionMismatch, FreivaldsMismatch
+from veriattn.errors import AttentionMismatch, FreivaldsMismatch, VeriattnError
 from veriattn.native import (
     attention_replay,
     attention_transfer,
@@ -20,10 +20,12 @@ from veriattn.native import (
     project_outputs,
     value_projection,
 )
-from veriattn.spec.field import P
-from veriattn.spec.forward import AttentionInput, Batch, BatchEntry
+from veriattn.native.kernels import out_of_domain
+from veriattn.native.layers import CheckedLayer, Claims, Finding, claim_buffers
+from veriattn.spec.field import U8, P
+from veriattn.spec.forward import AttentionInput, Batch, BatchEntry, StepContext
 from veriattn.spec.kv import PagedCache
-from veriattn.spec.model import ModelConfig
+from veriattn.spec.model import LayerTensors, ModelConfig
 from veriattn.spec.reference import F32, I8, I32, I64
 from veriattn.trace import NO_TRACE, Trace
 from veriattn.verifier.keys import REPETITIONS, U64, KeySet
@@ -82,6 +84,11 @@ class VerifiedCache:
         key_projection(k_i8, self._keys.positions(entry.start + entry.num_tokens), entry.start, sums)
         return before
 
+    @property
+    def tracks_scores(self) -> bool:
+        """Whether challenge sums are kept."""
+        return self._track
+
     def challenge_sum(self, layer: int, seq_id: int) -> U64:
         """sum_j r_j k_j over all keys here, (kv_heads, 2, d)."""
         sums = self._sums[layer].get(seq_id)
@@ -114,6 +121,25 @@ def _part(x: np.ndarray[Any, Any], heads: slice) -> np.ndarray[Any, Any]:
 
 def _join(parts: list[np.ndarray[Any, Any]]) -> np.ndarray[Any, Any]:
     return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
+
+
+def _wrong_product(name: str, ok: U8) -> FreivaldsMismatch:
+    return FreivaldsMismatch(
+        f"{name}: the claimed product is wrong in row {int(np.argmin(ok))} of {len(ok)}",
+        hint=LYING,
+        operation=name,
+        rows=np.flatnonzero(np.asarray(ok) == 0).tolist(),
+    )
+
+
+def _output_too_large(layer: int, seq_id: int) -> AttentionMismatch:
+    where = f"layers.{layer}.attention, sequence {seq_id}"
+    return AttentionMismatch(f"{where}: a claimed output is 2**39 or larger", hint=LYING, sequences=[seq_id])
+
+
+def _wrong_output(layer: int, seq_id: int, position: int, head: int) -> AttentionMismatch:
+    where = f"layers.{layer}.attention, sequence {seq_id}, position {position}, head {head}"
+    return AttentionMismatch(f"{where}: the claimed output is wrong", hint=LYING, sequences=[seq_id])
 
 
 _Args = ParamSpec("_Args")
@@ -152,6 +178,49 @@ class ClaimChecker:
         self.cache = VerifiedCache(config, keys, track_scores)
         self.prime = np.uint64(P)
         self._group = config.num_heads // config.num_kv_heads
+        parts = ("qkv", "o", "gate_up", "down")
+        self._linears = [tuple(f"layers.{i}.{part}" for part in parts) for i in range(config.num_layers)]
+        self._checked: dict[int, CheckedLayer] = {}
+
+    @_timed
+    def layer(self, ctx: StepContext, i: int, tensors: LayerTensors, x: F32, claims: Claims) -> F32:
+        """Replay a layer over its claims, all of them checked as `linear`, `expected_by_replay` and `outputs` do it.
+
+        Shapes: x (tokens, hidden) -> the same after the layer. Trust: claims lie in private memory.
+        Raises: FreivaldsMismatch, AttentionMismatch naming what is wrong first; NumericsError.
+        """
+        w = self.keys.attention(i)  # refuses destroyed keys, which the layer below could not tell from others
+        names = self._linears[i]
+        checked = self._checked.get(i)
+        if checked is None:
+            checked = self._checked[i] = CheckedLayer(self.config, tensors, [self.keys.linear(n) for n in names], w)
+        cache, tables, batch = self.cache.layer(i), [], ctx.batch
+        for entry in batch.entries:
+            cache.extend(entry.seq_id, entry.num_tokens)
+            tables.append(cache.table(entry.seq_id))
+        a, rows = cache.arrays, x.shape[0]
+        ok = np.ones(rows, np.uint8)
+        out, found, row, head = checked.run(
+            x, ctx.cos, ctx.sin, batch.runs, tables, a["k"], a["k_scale"], a["g"], claims, ok
+        )
+        if found is not Finding.RIGHT:
+            raise self._fault(found, i, batch, ok, row, head)
+        self.counts.linear_rows += len(names) * rows
+        self.counts.attention_rows += rows * self.config.num_heads
+        return out
+
+    def _fault(self, found: Finding, layer: int, batch: Batch, ok: U8, row: int, head: int) -> VeriattnError:
+        linears = (Finding.WRONG_QKV, Finding.WRONG_O, Finding.WRONG_GATE_UP, Finding.WRONG_DOWN)
+        if found is Finding.OUT_OF_DOMAIN:
+            return out_of_domain()
+        if found in linears:
+            return _wrong_product(self._linears[layer][linears.index(found)], ok)
+        entry, first = next(
+            (e, s.start) for e, s in zip(batch.entries, batch.slices(), strict=True) if s.start <= row < s.stop
+        )
+        if found is Finding.OUTPUT_TOO_LARGE:
+            return _output_too_large(layer, entry.seq_id)
+        return _wrong_output(layer, entry.seq_id, entry.start + row - first, head)
 
     @_timed
     def linear(self, name: str, a_i8: I8, claimed_i32: I32) -> I32:
@@ -164,13 +233,7 @@ class ClaimChecker:
         r, u = self.keys.linear(name)
         ok = linear_check(claimed_i32, r, a_i8, u)
         if not bool(np.all(ok)):
-            row = int(np.argmin(ok))
-            raise FreivaldsMismatch(
-                f"{name}: the claimed product is wrong in row {row} of {len(ok)}",
-                hint=LYING,
-                operation=name,
-                rows=np.flatnonzero(np.asarray(ok) == 0).tolist(),
-            )
+            raise _wrong_product(name, ok)
         self.counts.linear_rows += len(ok)
         return claimed_i32
 
@@ -253,22 +316,16 @@ class ClaimChecker:
         Shapes: claimed (tokens, heads of some KV heads, d), expected (tokens, the same heads, 2).
         Bounds: |O| < 2**39 is checked, so |error| < 2**40 < p. Raises: AttentionMismatch.
         """
-        where = f"layers.{layer}.attention, sequence {seq_id}"
         kv_heads = claimed_i64.shape[1] // self._group
         got, in_range = project_outputs(
             claimed_i64, self.keys.attention(layer)[first_kv_head : first_kv_head + kv_heads]
         )
         if not in_range:
-            raise AttentionMismatch(f"{where}: a claimed output is 2**39 or larger", hint=LYING, sequences=[seq_id])
+            raise _output_too_large(layer, seq_id)
         ok = np.all(got == expected, axis=2)
         if not bool(np.all(ok)):
             row, head = (int(v) for v in np.argwhere(~ok)[0])
-            head += first_kv_head * self._group
-            raise AttentionMismatch(
-                f"{where}, position {start + row}, head {head}: the claimed output is wrong",
-                hint=LYING,
-                sequences=[seq_id],
-            )
+            raise _wrong_output(layer, seq_id, start + row, head + first_kv_head * self._group)
         self.counts.attention_rows += ok.size
 
     def batch_outputs(self, layer: int, batch: Batch, claimed_i64: I64, expected: list[U64]) -> None:
@@ -304,6 +361,10 @@ class Split(Protocol):
         ...
 
 
+#: A layer's claims are worth this many short sleeps: being a few layers behind costs nothing before the last.
+_NAPS = 10
+
+
 class RunAheadOperations:
     """`spec.forward.Operations` over the claims of a prover that runs ahead: take the next one, check it, return it.
 
@@ -314,6 +375,20 @@ class RunAheadOperations:
         self, checker: ClaimChecker, channel: Channel, attention_check: AttentionCheck, split: Split | None = None
     ) -> None:
         self._checker, self._channel, self._check, self._split = checker, channel, attention_check, split
+        self._claims: Claims | None = None  # of one layer after the other: nothing is kept of them
+
+    def fused_layer(self, ctx: StepContext, i: int, layer: LayerTensors, x: F32) -> F32 | None:
+        """See `FusedOperations`. Raises: as `linear` and `attention`."""
+        if self._check is not AttentionCheck.REPLAY or self._split is not None or self._checker.cache.tracks_scores:
+            return None
+        if self._checker.trace.enabled or not hasattr(ctx.kernels, "local_layer"):
+            return None
+        if self._claims is None or self._claims[0].shape[0] != x.shape[0]:
+            self._claims = claim_buffers(self._checker.config, x.shape[0])
+        t = time.monotonic()
+        self._channel.recv_all(Kind.CLAIM, self._claims, naps=_NAPS)
+        self._checker.counts.receive_s += time.monotonic() - t
+        return self._checker.layer(ctx, i, layer, x, self._claims)
 
     def _receive(self, out: npt.NDArray[np.generic]) -> None:
         t = time.monotonic()

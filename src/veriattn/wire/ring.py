@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from types import ModuleType
 
 from veriattn.errors import ConfigError, InternalError
+from veriattn.wire.messages import Buffer
 from veriattn.wire.transport import ControlLink, Role, poll_ms
 
 _native: ModuleType | None
@@ -140,6 +141,10 @@ class _Words:
         else:
             self._u64[offset >> 3] = value
 
+    @property
+    def page(self) -> memoryview:
+        return self._page
+
     def release(self) -> None:
         self._u64.release()
         self._page.release()
@@ -252,6 +257,18 @@ class RingProducer(_RingEnd):
             first += count
         self._wiped = max(self._wiped, last)
 
+    def put(self, headers: bytes, payloads: Sequence[Buffer]) -> int:
+        """Write whole messages while there is room, without waiting; returns how many. headers: one for each payload."""
+        if _native is None:
+            return 0
+        self._pos, self._tail, count, waits = _native.ring_put(
+            self._words.page, self._base, self._data, self._slot, self._pos, self._tail, headers, list(payloads)
+        )
+        self._limit = self._tail * self._slot + self._size
+        if waits:
+            self._control.wake()
+        return int(count)
+
     def _publish(self, head: int) -> None:
         self._words.store(self._base + _HEAD, head)
         if self._words.load(self._base + _READER_WAITS):
@@ -290,6 +307,21 @@ class RingConsumer(_RingEnd):
             done += count
             self._pos = pos + count
             self._free(self._pos // self._slot)
+
+    def take(self, headers: bytes, outs: Sequence[Buffer]) -> int:
+        """Copy messages that are complete and have exactly these headers into private memory, without waiting.
+
+        Returns how many; the next one, where it is not as expected, is left for `read_into`.
+        """
+        if _native is None:
+            return 0
+        self._pos, self._head, count, waits = _native.ring_take(
+            self._words.page, self._base, self._data, self._slot, self._pos, self._head, headers, list(outs)
+        )
+        self._limit, self._freed = self._head * self._slot, max(self._freed, self._pos // self._slot)
+        if waits:
+            self._control.wake()
+        return int(count)
 
     def written_position(self) -> int:
         """What the other side's counter says at this moment, in bytes; unchecked, for timing only."""
@@ -333,6 +365,8 @@ class RingTransport:
         self.read_into = self._consumer.read_into
         self.end_message = self._consumer.end_message
         self.wipe = self._producer.wipe
+        self.put_messages = self._producer.put
+        self.take_messages = self._consumer.take
         self.written_position = self._consumer.written_position
         self.read_position = self._consumer.read_position
         self.abort = control.abort
