@@ -291,7 +291,9 @@ class Arguments:
         keys = make_keys(self.config, self.tensors)
         linears = [keys.linear(f"layers.0.{p}") for p in PARTS]
         layer = CheckedLayer(self.config, self.public.layers[0], linears, keys.attention(0))
-        return layer.run(self.x, self.cos, self.sin, self.runs, self.tables, self.k, self.k_scale, self.g, self.claims)
+        return layer.run(
+            self.x, self.cos, self.sin, self.runs, self.tables, self.k, self.k_scale, self.g, self.claims, self.ok
+        )
 
 
 PARTS = ("qkv", "o", "gate_up", "down")
