@@ -3,6 +3,7 @@
 
 VENV ?= .venv
 VENV_TORCH ?= .venv-torch
+VENV_PEERS ?= .venv-peers
 EVAL_TEXT ?= ../shared/data/wikitext-2/valid.txt
 FUZZ_SECONDS ?= 600
 PYTEST_ARGS ?=
@@ -12,7 +13,7 @@ BIN := $(VENV)/bin
 # One test that hangs must not hang the rest; pytest's own closing lines stay the last ones printed.
 PYTEST := -m pytest -q --timeout 300 $(PYTEST_ARGS)
 
-.PHONY: help demo test test-torch test-browser accept lint format bench fuzz native clean
+.PHONY: help demo test test-torch test-browser accept lint format bench bench-peers fuzz native clean
 .DELETE_ON_ERROR:
 
 help:
@@ -23,6 +24,7 @@ help:
 	@echo 'make accept      the acceptance measurements (long; quality needs EVAL_TEXT)'
 	@echo 'make lint        ruff, mypy, import contracts        make format   let ruff rewrite'
 	@echo 'make bench       measurements on this machine        make fuzz     fuzz the codec for FUZZ_SECONDS'
+	@echo 'make bench-peers  decoding beside llama.cpp, in an environment of its own (compiles it: some minutes)'
 	@echo 'make native      build the native kernels in place   make clean    remove what was built here'
 
 $(VENV)/.base: $(NATIVE_SOURCES)
@@ -41,6 +43,11 @@ $(VENV)/.accept $(VENV)/.browser: $(VENV)/.dev
 $(VENV_TORCH)/.torch: $(NATIVE_SOURCES) tools/extra.py
 	@sh tools/preflight.sh >/dev/null
 	@sh tools/env.sh $(VENV_TORCH) torch
+	@touch $@
+
+$(VENV_PEERS)/.peers:
+	@sh tools/preflight.sh >/dev/null
+	@sh tools/env.sh $(VENV_PEERS) peers
 	@touch $@
 
 demo: $(VENV)/.base
@@ -70,6 +77,10 @@ accept: $(VENV)/.accept
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks
+
+# Beside other programs, each in an environment of its own; outside CI.
+bench-peers: $(VENV)/.dev $(VENV_PEERS)/.peers
+	$(BIN)/python -m benchmarks.peers --python $(VENV_PEERS)/bin/python
 
 fuzz: $(VENV)/.dev
 	$(BIN)/python tools/fuzz_wire.py --seconds $(FUZZ_SECONDS)

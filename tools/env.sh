@@ -1,5 +1,5 @@
 #!/bin/sh
-# Makes or completes a virtual environment: env.sh VENV base|dev|accept|browser|torch. Writes nowhere else; pip's own settings hold.
+# Makes or completes a virtual environment: env.sh VENV base|dev|accept|browser|torch|peers. Writes nowhere else; pip's own settings hold.
 set -eu
 
 venv=$1
@@ -45,6 +45,12 @@ case $kind in
         "$venv/bin/python" "$here/extra.py" "$kind" >"$venv/$kind.txt"
         pip install -q -r "$venv/$kind.txt"
         ;;
+    peers)
+        say 'installing llama-cpp-python (this compiles llama.cpp: some minutes)'
+        # Where its AMX path crashes: CMAKE_ARGS='-DGGML_NATIVE=OFF -DGGML_AVX512=ON -DGGML_AVX512_VNNI=ON' make bench-peers
+        CMAKE_ARGS="${CMAKE_ARGS:--DGGML_NATIVE=ON -DLLAVA_BUILD=OFF -DMTMD_BUILD=OFF -DLLAMA_BUILD_TOOLS=OFF}" \
+            pip install -q "llama-cpp-python==${LLAMA_CPP_PYTHON_VERSION:-0.3.36}"
+        ;;
     torch)
         cpu_torch
         say 'installing veriattn and the tools that the tests need'
@@ -52,7 +58,7 @@ case $kind in
         pip install -qq -r "$venv/dev.txt" -e .
         ;;
     *)
-        echo "usage: $0 VENV base|dev|accept|browser|torch" >&2
+        echo "usage: $0 VENV base|dev|accept|browser|torch|peers" >&2
         exit 2
         ;;
 esac
