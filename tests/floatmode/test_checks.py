@@ -20,6 +20,7 @@ from veriattn.floatmode.checks import (
 )
 from veriattn.floatmode.formats import decode, encode, rounded
 from veriattn.floatmode.params import CheckParams
+from veriattn.floatmode.trusted import project, weighted_sum
 from veriattn.native.floats import log_product
 
 
@@ -125,3 +126,13 @@ def test_parameters_have_ranges(change: dict[str, object]) -> None:
 
 def test_challenges_come_from_the_system() -> None:
     assert not np.array_equal(generator().integers(0, 1 << 30, 8), generator().integers(0, 1 << 30, 8))
+
+
+@pytest.mark.parametrize("n", [0, 1, 255, 256, 700])
+def test_sums_and_projections_are_those_of_plain_products(n: int) -> None:
+    rng = generator(6)
+    k = rng.integers(-8, 9, (n, 5)).astype(np.float32)
+    a = rng.integers(1, 17, (2, n), np.int32)
+    w = rng.integers(-8, 9, (5, 3)).astype(np.float32)
+    assert np.array_equal(weighted_sum(a, k), a.astype(np.float64) @ k.astype(np.float64))
+    assert np.array_equal(project(k, w), k @ w)

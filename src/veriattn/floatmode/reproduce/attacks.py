@@ -31,7 +31,7 @@ FORMATS: tuple[tuple[Format, Format], ...] = (
     ("float16", "float16"),
     ("bfloat16", "bfloat16"),
 )
-TOKENS, STEER_TOKENS, DRAWS, EVERY = 128, 24, 100, 4
+TOKENS, STEER_TOKENS, DRAWS, EVERY = 128, 20, 100, 4
 LEARN_KEYS, FORGERIES = 64, 1000
 
 

@@ -14,7 +14,7 @@ from veriattn.floatmode.engine import FloatModel
 from veriattn.floatmode.params import CheckParams, Format
 from veriattn.floatmode.reproduce.heads import Head, capture, claims, synthetic
 from veriattn.floatmode.reproduce.prompts import token_ids
-from veriattn.floatmode.trusted import AttentionSecrets, with_ones
+from veriattn.floatmode.trusted import AttentionSecrets, project, with_ones
 
 #: As printed in the paper (Qwen3-14B, TEE with 16 vCPU): seconds, check and recompute.
 PUBLISHED = {
@@ -80,7 +80,7 @@ def _prefill() -> dict[str, dict[str, float]]:
                 lp_worst(r, rng, params.tau_g)
 
     def check_outputs() -> None:
-        projected = with_ones(head.v @ secrets.w)
+        projected = with_ones(project(head.v, secrets.w))
         expected = np.concatenate([c.tile.e.T @ projected[: c.tile.e.shape[0]] for c in made])
         gvfa_residual(u, secrets.w, expected[:, :-1])
 
@@ -115,7 +115,7 @@ def _decode() -> dict[str, dict[str, float]]:
     def check_outputs(fresh: bool) -> None:
         for s, c, head in zip(secrets, made, heads, strict=True):
             if fresh:
-                projected = with_ones(head.v @ s.w)
+                projected = with_ones(project(head.v, s.w))
             else:
                 projected = s.projected
                 _ = head.v[last] @ s.w

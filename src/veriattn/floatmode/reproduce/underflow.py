@@ -19,9 +19,9 @@ RANGES = (2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 25, 30, 40, 60, 80, 90, 100, 120)
 
 
 def unusable(e: np.ndarray, visible: np.ndarray) -> np.ndarray:
-    """Which rows hold a value that is not positive and finite where they see it. e (keys, rows) -> (rows,)."""
+    """Which rows see a value that is not positive, finite and normal (as float32). e (keys, rows) -> (rows,)."""
     seen = np.arange(e.shape[0])[:, None] < visible
-    return np.asarray(np.any(seen & ~((e > 0) & (e < np.inf)), axis=0))
+    return np.asarray(np.any(seen & ~((e >= np.finfo(np.float32).tiny) & (e < np.inf)), axis=0))
 
 
 def sweep(trials: int) -> list[dict[str, Any]]:
