@@ -41,7 +41,9 @@ def test_fields(cli: Cli, tiny: Path) -> None:
     assert got["model"]["path"] == str(tiny) and len(got["model"]["digest"]) == 64
     assert got["prover"]["pid"] > 0 and got["prover"]["device"] == "cpu"
     rows = len(PROMPT) + 3
+    tee_bytes = got["kv"].pop("tee_bytes")
     assert got["kv"] == {"prover_tokens": rows, "streamed_tokens": 0, "tee_tokens": 0, "offload_ratio": 0.0}
+    assert tee_bytes > 0
     # Two layers of four linears on every row, and lm_head on the rows that were sampled from.
     assert got["checks"]["linear_rows"] == 2 * 4 * rows + 4
     assert got["checks"]["attention_rows"] == 2 * 4 * rows

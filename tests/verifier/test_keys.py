@@ -98,6 +98,10 @@ def test_positions_grow_without_changing() -> None:
     assert np.array_equal(grown[:, : before.shape[1]], before)
     assert not first.any(), "the outgrown copy is still readable"
     assert keys.positions(4000) is grown
+    with pytest.raises(ValueError, match="read-only"):
+        grown[...] = 0
+    keys.destroy()
+    assert not grown.any()
 
 
 def test_not_printed_not_copied_not_serialised() -> None:

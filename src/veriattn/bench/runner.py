@@ -9,13 +9,13 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
-from veriattn.bench.traffic import Bytes, Part, batch_bytes
+from veriattn.bench.traffic import Bytes, Part, attention_bytes, batch_bytes
 from veriattn.engine.strategies import FullTeeExecutor, SessionExecutor, Strategy, TeeWeights
 from veriattn.spec.forward import AttentionInput, Batch, BatchEntry, Operations
 from veriattn.spec.model import ModelConfig
@@ -291,10 +291,19 @@ class StrategyRunner:
         if self._flow is None:
             return Bytes(0, 0)
         transfer = self._setup.attention_check is AttentionCheck.TRANSFER
+        split = None if self.session is None else self.session.split
         total, pieces = Bytes(0, 0), self.parts(batch)
+        used = [] if split is None else list(split.stats.used)[-sum(any(p.split for p in piece) for piece in pieces) :]
         for piece in pieces:
             rows = len(batch.logit_rows()) if piece is pieces[-1] else 0
             total += batch_bytes(self.config, self._flow, piece, rows, transfer=transfer)
+            shared = [p for p in piece if p.split]
+            # Layers may differ: the controller tries other ratios now and then.
+            for ratio in used.pop(0) if shared else ():
+                tried = [replace(p, ratio=ratio) for p in shared]
+                total += attention_bytes(self.config, self._flow, tried) - attention_bytes(
+                    self.config, self._flow, shared
+                )
         return total
 
     def fill(self, seq_id: int, tokens: int) -> None:

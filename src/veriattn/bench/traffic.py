@@ -9,6 +9,7 @@ from veriattn.spec.kv import PAGE
 from veriattn.spec.model import ModelConfig
 from veriattn.verifier.mediated import LINEAR_TILE_ROWS
 from veriattn.verifier.session import Flow
+from veriattn.verifier.split import exchanges
 from veriattn.verifier.tiling import Tiling
 from veriattn.wire.messages import HEADER_BYTES
 
@@ -147,7 +148,15 @@ def _whole_attention(c: ModelConfig, flow: Flow, parts: Sequence[Part], cut: Til
 
 
 def _shared_attention(c: ModelConfig, flow: Flow, part: Part) -> Bytes:
-    """A part whose keys the prover does not all have: docs/wire.md section 8."""
+    """A part whose keys the prover does not all have, in exchanges of so many rows: docs/wire.md section 8."""
+    ratio, limit = 1.0 if flow is Flow.TSDP else part.ratio, part.limit or 0
+    total = NOTHING
+    for at, rows in exchanges(part.tokens, part.keys - limit, limit, ratio, c.num_heads):
+        total += _exchange(c, flow, Part(part.start + at, rows, part.limit, part.ratio))
+    return total
+
+
+def _exchange(c: ModelConfig, flow: Flow, part: Part) -> Bytes:
     h, g, d, n = c.num_heads, c.num_kv_heads, c.head_dim, part.tokens
     streamed = streamed_keys(part, flow)
     share = (part.limit or 0) + streamed

@@ -55,7 +55,8 @@ def generation_json(
 
 def _kv(engine: Engine, report: ExecutorReport, cached: int) -> dict[str, Any]:
     """Where keys were. Without a limit: how many each side cached in the end. With one: keys attended to, summed over the
-    steps that went beyond it, by where they were: resident, streamed, in the TEE; the last ratio, and the memory here."""
+    steps that went beyond it, by where they were: resident, streamed, in the TEE; the ratio after every step, the last one, and
+    how many layers tried another. tee_bytes: memory of keys, values and what the checks keep per key, in the TEE."""
     on_prover = report.prover_pid is not None or report.prover_device is not None
     config = engine.config
     if on_prover and (config.prover_kv_tokens is not None or config.prover_kv_total is not None):
@@ -65,6 +66,7 @@ def _kv(engine: Engine, report: ExecutorReport, cached: int) -> dict[str, Any]:
             "tee_tokens": report.kv_tee_tokens,
             "offload_ratio": report.offload_ratio,
             "offload_ratios": list(report.offload_ratios),
+            "offload_trials": report.offload_trials,
             "tee_bytes": report.kv_tee_bytes,
         }
     return {
@@ -72,6 +74,7 @@ def _kv(engine: Engine, report: ExecutorReport, cached: int) -> dict[str, Any]:
         "streamed_tokens": 0,
         "tee_tokens": 0 if on_prover else cached,
         "offload_ratio": 0.0,
+        "tee_bytes": report.kv_tee_bytes,
     }
 
 

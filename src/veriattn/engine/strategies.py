@@ -16,6 +16,7 @@ from veriattn.spec.forward import Batch, Operations, check_batch, forward
 from veriattn.spec.local import LocalOperations
 from veriattn.spec.modelfile import Manifest, ModelDirectory, TensorCollector
 from veriattn.spec.reference import F32, I8
+from veriattn.verifier.memory import Need, reserve
 from veriattn.verifier.model import VerifierModel
 from veriattn.verifier.session import Flow, Launcher, Session, SessionConfig
 
@@ -51,6 +52,7 @@ class ExecutorReport:
     kv_tee_bytes: int = 0
     offload_ratio: float | None = None
     offload_ratios: tuple[float, ...] = ()
+    offload_trials: int = 0
 
     def add(self, other: ExecutorReport) -> None:
         """Accumulate the counters of an earlier or later executor; identity fields become the other's."""
@@ -70,6 +72,7 @@ class ExecutorReport:
             "kv_streamed_tokens",
             "kv_tee_tokens",
             "offload_ratios",
+            "offload_trials",
         ):
             setattr(self, name, getattr(self, name) + getattr(other, name))
 
@@ -100,8 +103,9 @@ class Executor(Protocol):
 class FullTeeExecutor:
     """Everything in the TEE: native kernels over hashed weights, no prover."""
 
-    def __init__(self, weights: TeeWeights, kv_tokens: int, max_sequences: int) -> None:
-        self._weights = weights
+    def __init__(self, weights: TeeWeights, kv_tokens: int, max_sequences: int, max_bytes: int | None = None) -> None:
+        """max_bytes: most that keys and values may take. Raises, from `run`: ConfigError before they would take more."""
+        self._weights, self._max_bytes = weights, max_bytes
         max_pages = -(-kv_tokens // 256) + max_sequences
         self._ops = LocalOperations(weights.tensors.config, weights.packed.__getitem__, kernels, max_pages=max_pages)
         self._observed: Operations = self._ops
@@ -110,6 +114,8 @@ class FullTeeExecutor:
     def run(self, batch: Batch) -> F32:
         cpu = time.process_time()
         check_batch(self._weights.tensors, batch, [self._ops.length(e.seq_id) for e in batch.entries])
+        if self._max_bytes is not None:
+            reserve([Need(self._ops.caches, [(e.seq_id, e.num_tokens) for e in batch.entries])], self._max_bytes)
         logits = forward(self._weights.tensors, batch, self._observed, kernels)
         self._cpu_s += time.process_time() - cpu
         return logits
@@ -133,7 +139,7 @@ class FullTeeExecutor:
         self._ops.free(seq_id)
 
     def report(self) -> ExecutorReport:
-        return ExecutorReport(verify_cpu_s=self._cpu_s)
+        return ExecutorReport(verify_cpu_s=self._cpu_s, kv_tee_bytes=self._ops.cache_bytes)
 
     def close(self) -> None:
         return
@@ -194,6 +200,7 @@ class SessionExecutor:
             bytes_from_prover=s.channel.bytes_received,
             verify_cpu_s=s.stats.verify_cpu_s,
             prover_wait_s=s.stats.prover_wait_s,
+            kv_tee_bytes=s.kv_bytes,
             **kv,
         )
 
@@ -226,6 +233,8 @@ def load(
         raise UsageError(f"unknown strategy {strategy!r}", hint=f"one of {', '.join(STRATEGIES)}")
     if strategy == "full-tee" and (config.kv_shield != "off" or config.shield_first_layers):
         raise UsageError("a KV shield has nothing to do where nothing leaves the TEE", hint="leave --kv-shield out")
+    if strategy == "full-tee" and (config.prover_kv_tokens, config.prover_kv_total) != (None, None):
+        raise UsageError("full-tee has no prover whose capacity could be limited", hint="leave the capacity out")
     if strategy == "full-tee":
         weights = TeeWeights(path, expected_digest=expected_digest, on_bytes=on_bytes)
         return LoadedModel(
@@ -233,7 +242,7 @@ def load(
             weights.manifest,
             weights.tokenizer_json,
             weights.chat_template,
-            lambda: FullTeeExecutor(weights, config.kv_tokens, config.max_sequences),
+            lambda: FullTeeExecutor(weights, config.kv_tokens, config.max_sequences, config.tee_memory_bytes),
         )
     model = VerifierModel(path, expected_digest=expected_digest, on_bytes=on_bytes)
     flow = Flow(strategy)

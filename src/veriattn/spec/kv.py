@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -16,13 +17,19 @@ PAGE = 256
 class PagedCache:
     """Named per-key arrays of many sequences in pages of `PAGE` keys, one table of pages per sequence.
 
-    Each array has shape (pages, kv_heads, PAGE, *tail). Pages are zeroed when a sequence is freed. The pool grows by
-    doubling up to `max_pages`.
+    Each array has shape (pages, kv_heads, PAGE, *tail); `page_fields` make arrays (pages, kv_heads, *tail) in `page_arrays`.
+    Pages are zeroed when a sequence is freed. The pool grows by doubling up to `max_pages`, or by `grow`.
 
-    Raises: InternalError for unknown sequences; MemoryError-like conditions surface as `CacheFull`.
+    Raises: InternalError for unknown sequences, and when the pool is full.
     """
 
-    def __init__(self, kv_heads: int, fields: dict[str, tuple[np.dtype[Any], tuple[int, ...]]], max_pages: int) -> None:
+    def __init__(
+        self,
+        kv_heads: int,
+        fields: dict[str, tuple[np.dtype[Any], tuple[int, ...]]],
+        max_pages: int,
+        page_fields: dict[str, tuple[np.dtype[Any], tuple[int, ...]]] | None = None,
+    ) -> None:
         self._kv_heads = kv_heads
         self._fields = fields
         self._max_pages = max_pages
@@ -33,6 +40,9 @@ class PagedCache:
         self._table_arrays: dict[int, np.ndarray[tuple[int], np.dtype[np.int32]]] = {}
         self.arrays: dict[str, np.ndarray[Any, Any]] = {
             name: np.zeros((0, kv_heads, PAGE, *tail), dtype) for name, (dtype, tail) in fields.items()
+        }
+        self.page_arrays: dict[str, np.ndarray[Any, Any]] = {
+            name: np.zeros((0, kv_heads, *tail), dtype) for name, (dtype, tail) in (page_fields or {}).items()
         }
 
     def length(self, seq_id: int) -> int:
@@ -48,7 +58,25 @@ class PagedCache:
 
     @property
     def nbytes(self) -> int:
-        return sum(a.nbytes for a in self.arrays.values())
+        return sum(a.nbytes for arrays in self._pools() for a in arrays.values())
+
+    @property
+    def pages(self) -> int:
+        """Pages in the pool, in use or not."""
+        return self._num_pages
+
+    @property
+    def page_bytes(self) -> int:
+        """Memory of one page."""
+        return sum(int(np.prod(a.shape[1:])) * a.itemsize for arrays in self._pools() for a in arrays.values())
+
+    def pages_short(self, runs: Iterable[tuple[int, int]]) -> int:
+        """How many pages more the pool needs for so many new keys (seq_id, count) of some sequences."""
+        new = sum(-(-(self.length(s) + n) // PAGE) - len(self._tables.get(s, ())) for s, n in runs)
+        return max(0, new - len(self._free))
+
+    def _pools(self) -> tuple[dict[str, np.ndarray[Any, Any]], dict[str, np.ndarray[Any, Any]]]:
+        return self.arrays, self.page_arrays
 
     def extend(self, seq_id: int, count: int) -> None:
         """Make room for `count` more keys and advance the length."""
@@ -93,8 +121,9 @@ class PagedCache:
     def free(self, seq_id: int) -> None:
         """Zero and return the sequence's pages."""
         for page in self._tables.pop(seq_id, []):
-            for a in self.arrays.values():
-                a[page] = 0
+            for arrays in self._pools():
+                for a in arrays.values():
+                    a[page] = 0
             self._free.append(page)
         self._lengths.pop(seq_id, None)
         self._table_arrays.pop(seq_id, None)
@@ -107,14 +136,20 @@ class PagedCache:
             grown = min(max(8, 2 * self._num_pages), self._max_pages)
             if grown <= self._num_pages:
                 raise InternalError("the key/value cache is full", hint="run fewer or shorter sequences at a time")
-            for name, a in self.arrays.items():
-                bigger = np.zeros((grown, *a.shape[1:]), a.dtype)
+            self.grow(grown - self._num_pages)
+        return self._free.pop()
+
+    def grow(self, pages: int) -> None:
+        """Add pages to the pool; what the arrays were is overwritten when they have moved."""
+        total = self._num_pages + pages
+        for arrays in self._pools():
+            for name, a in arrays.items():
+                bigger = np.zeros((total, *a.shape[1:]), a.dtype)
                 bigger[: self._num_pages] = a
                 a[...] = 0
-                self.arrays[name] = bigger
-            self._free.extend(range(grown - 1, self._num_pages - 1, -1))
-            self._num_pages = grown
-        return self._free.pop()
+                arrays[name] = bigger
+        self._free.extend(range(total - 1, self._num_pages - 1, -1))
+        self._num_pages = total
 
 
 def attention_cache(kv_heads: int, head_dim: int, max_pages: int) -> PagedCache:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -149,6 +149,11 @@ class LocalOperations:
     def nonzero_cache_bytes(self) -> int:
         """Bytes of all caches that are not zero: none once every sequence has been freed."""
         return sum(int(np.count_nonzero(a.view(np.uint8))) for c in self._caches for a in c.arrays.values())
+
+    @property
+    def caches(self) -> Sequence[PagedCache]:
+        """One per layer."""
+        return self._caches
 
     @property
     def cache_bytes(self) -> int:

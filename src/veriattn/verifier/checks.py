@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
@@ -99,6 +99,18 @@ class VerifiedCache:
     def layer(self, layer: int) -> PagedCache:
         return self._layers[layer]
 
+    @property
+    def layers(self) -> Sequence[PagedCache]:
+        return self._layers
+
+    def sum_bytes(self, seq_ids: Sequence[int] = ()) -> int:
+        """Memory of the challenge sums, with those of these sequences."""
+        if not self._track:
+            return 0
+        c = self._config
+        live = set().union(seq_ids, *self._sums)
+        return len(live) * c.num_layers * c.num_kv_heads * REPETITIONS * c.head_dim * 8
+
     def free(self, seq_id: int) -> None:
         for cache, sums in zip(self._layers, self._sums, strict=True):
             cache.free(seq_id)
@@ -112,7 +124,7 @@ class VerifiedCache:
 
     @property
     def nbytes(self) -> int:
-        return sum(c.nbytes for c in self._layers) + sum(s.nbytes for layer in self._sums for s in layer.values())
+        return sum(c.nbytes for c in self._layers) + self.sum_bytes()
 
 
 def _part(x: np.ndarray[Any, Any], heads: slice) -> np.ndarray[Any, Any]:

@@ -50,7 +50,7 @@ class KeySet:
             n: np.zeros((REPETITIONS, inp), np.uint64) for n, (_, inp) in config.linear_shapes().items()
         }
         self._w = random_field(config.num_layers, config.num_kv_heads, REPETITIONS, config.head_dim)
-        self._positions = random_field(REPETITIONS, 0)
+        self._positions = self._shown = random_field(REPETITIONS, 0)
         self._alive = True
 
     def __repr__(self) -> str:
@@ -71,7 +71,7 @@ class KeySet:
         return w
 
     def positions(self, count: int) -> U64:
-        """Challenges of the first `count` key positions at least, (2, >= count)."""
+        """Challenges of the first `count` key positions at least, (2, >= count), not to be written to."""
         self._check_alive()
         have = self._positions.shape[1]
         if have < count:
@@ -80,7 +80,10 @@ class KeySet:
             self._positions[...] = 0
             more[...] = 0
             self._positions = grown
-        return self._positions
+            # Others hold on to parts of it: what they overwrite when they are done must not be this.
+            self._shown = grown.view()
+            self._shown.flags.writeable = False
+        return self._shown
 
     def _check_alive(self) -> None:
         if not self._alive:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from veriattn.native import kernels
 from veriattn.spec.forward import AttentionInput, Batch
+from veriattn.spec.kv import PagedCache
 from veriattn.spec.local import LocalOperations
 from veriattn.spec.model import ModelConfig
 from veriattn.spec.modelfile import ModelDirectory
@@ -32,6 +35,11 @@ class OwnLayers:
 
     def attention(self, layer: int, batch: Batch, x: AttentionInput) -> tuple[I64, I32]:
         return self._local.attention(layer, batch, x)
+
+    @property
+    def caches(self) -> Sequence[PagedCache]:
+        """Of the layers that are computed here."""
+        return self._local.caches[: self.count]
 
     def free(self, seq_id: int) -> None:
         self._local.free(seq_id)

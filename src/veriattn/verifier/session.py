@@ -11,7 +11,14 @@ from typing import Literal
 
 import numpy as np
 
-from veriattn.errors import InternalError, ProverUnavailable, UsageError, VeriattnError, VerificationError
+from veriattn.errors import (
+    ConfigError,
+    InternalError,
+    ProverUnavailable,
+    UsageError,
+    VeriattnError,
+    VerificationError,
+)
 from veriattn.native import kernels
 from veriattn.shield.permutation import Shield, ShieldMode
 from veriattn.spec.constants import SPEC_VERSION
@@ -23,6 +30,7 @@ from veriattn.verifier.checks import CheckCounts, ClaimChecker, RunAheadOperatio
 from veriattn.verifier.keys import SOUNDNESS_BITS, KeySet
 from veriattn.verifier.launch import ChildProver, Launcher, Prover, quote_output
 from veriattn.verifier.mediated import QueuedSender, TsdpOperations, VeriattnOperations
+from veriattn.verifier.memory import Need, reserve
 from veriattn.verifier.model import VerifierModel
 from veriattn.verifier.own import OwnLayers, read_matrices
 from veriattn.verifier.split import SplitAttention
@@ -72,7 +80,7 @@ class SessionConfig:
 
     prover_kv_tokens, prover_kv_total: keys that the prover keeps, of one sequence and of all; None for no limit.
     offload_ratio: share of the other keys that is streamed to it in each step, None to adapt it to measured times.
-    tee_memory_bytes: most that the keys and values kept here may take.
+    tee_memory_bytes: most that keys, values and what is kept per key for the checks may take here.
     kv_shield, shield_first_layers: see shield/permutation.py and verifier/own.py; only where the TEE asks for operations."""
 
     max_tokens_per_step: int = 512
@@ -89,6 +97,14 @@ class SessionConfig:
     start_timeout_s: float = 600.0
     step_timeout_s: float = 300.0
     trace: Trace = NO_TRACE
+
+    def __post_init__(self) -> None:
+        if self.offload_ratio is not None and not 0.0 <= self.offload_ratio <= 1.0:
+            raise ConfigError(f"an offload ratio of {self.offload_ratio} is not from 0 to 1")
+        for name in ("prover_kv_tokens", "prover_kv_total", "tee_memory_bytes"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise ConfigError(f"{name} = {value} is negative")
 
 
 @dataclass
@@ -150,10 +166,14 @@ class Session:
             max_tokens_per_step=self.config.max_tokens_per_step,
             max_sequences=self.config.max_sequences,
             max_positions=model.tensors.config.max_positions,
-            kv_tokens=self.config.kv_tokens,
+            kv_tokens=self._prover_tokens(),
             vocab_size=model.tensors.config.vocab_size,
         )
         self.flow = flow
+        if flow is Flow.UNVERIFIED and (self.config.prover_kv_tokens, self.config.prover_kv_total) != (None, None):
+            raise UsageError(
+                f"strategy {flow.value} has no keys outside of the prover", hint="leave the prover's capacity out"
+            )
         self._keys = None if flow is Flow.UNVERIFIED else model.take_keys()
         self._checker: ClaimChecker | None = None
         self._ops: Operations | None = None
@@ -205,6 +225,16 @@ class Session:
                 part = np.ascontiguousarray(permuted[first : first + rows])
                 self.channel.send(Kind.LOAD, *encode_load(LoadRequest(index[name], first, part)))
 
+    def _prover_tokens(self) -> int:
+        """The most keys that the prover is ever told to keep, over all sequences; at least 1, as the wire has it."""
+        c = self.config
+        most = c.kv_tokens
+        if c.prover_kv_tokens is not None:
+            most = min(most, c.prover_kv_tokens * c.max_sequences)
+        if c.prover_kv_total is not None:
+            most = min(most, c.prover_kv_total)
+        return max(most, 1)
+
     def _operations(self, keys: KeySet) -> tuple[ClaimChecker, Operations]:
         config, channel = self.config, self.channel
         limited = config.prover_kv_tokens is not None or config.prover_kv_total is not None
@@ -219,7 +249,7 @@ class Session:
                 channel,
                 self._sender,
                 config.offload_ratio,
-                config.tee_memory_bytes,
+                first_layer=0 if self._own is None else self._own.count,
                 by_weights=self.flow is Flow.TSDP,
                 shield=self._shield,
             )
@@ -279,7 +309,7 @@ class Session:
         live = set(self._lengths) | {e.seq_id for e in batch.entries}
         if len(live) > self.config.max_sequences:
             raise UsageError(f"more than {self.config.max_sequences} sequences at a time")
-        self._assign_limits(batch)
+        self._make_room(batch)
         cpu = time.process_time()
         try:
             self.channel.timeout_s = self.config.step_timeout_s
@@ -298,18 +328,52 @@ class Session:
             self.stats.checks.elementwise_replayed += 7 * c.num_layers * batch.num_tokens + 2 * len(batch.logit_rows())
         return logits
 
-    def _assign_limits(self, batch: Batch) -> None:
-        """First come, first served: a new sequence gets what is left of the prover's capacity. Raises: ConfigError."""
-        if self._split is None:
+    def _make_room(self, batch: Batch) -> None:
+        """First come, first served: a new sequence gets what is left of the prover's capacity. Where keys and values may take
+        only so much memory here, make sure of it. Raises: ConfigError, with nothing changed."""
+        new: dict[int, int] = {}
+        if self._split is not None:
+            per, total = self.config.prover_kv_tokens, self.config.prover_kv_total
+            given = sum(self._split.limits.values())
+            for e in batch.entries:
+                if e.seq_id not in self._split.limits:
+                    left = None if total is None else max(0, total - given)
+                    new[e.seq_id] = min(v for v in (per, left) if v is not None)
+                    given += new[e.seq_id]
+        if self.config.tee_memory_bytes is not None and self._checker is not None:
+            limits = {} if self._split is None else {**self._split.limits, **new}
+            self._reserve(batch, limits, self.config.tee_memory_bytes)
+        if self._split is not None:
+            self._split.limits.update(new)
+
+    def _reserve(self, batch: Batch, limits: Mapping[int, int], max_bytes: int) -> None:
+        """Room for a step's keys and values in all caches of this side. Raises: ConfigError."""
+        if self._checker is None:
             return
-        per, total = self.config.prover_kv_tokens, self.config.prover_kv_total
+        here, beyond = [], []
         for e in batch.entries:
-            if e.seq_id not in self._split.limits:
-                left = None if total is None else max(0, total - sum(self._split.limits.values()))
-                limits = [v for v in (per, left) if v is not None]
-                self._split.limits[e.seq_id] = min(limits)
-        outside = [e.start + e.num_tokens - max(e.start, self._split.limits[e.seq_id]) for e in batch.entries]
-        self._split.cache.reserve(sum(max(0, n) for n in outside))
+            end = e.start + e.num_tokens
+            cut = min(max(limits.get(e.seq_id, end), e.start), end)
+            here.append((e.seq_id, cut - e.start))
+            beyond.append((e.seq_id, end - cut))
+        first = 0 if self._own is None else self._own.count
+        resident = self._checker.cache
+        needs = [Need(resident.layers[first:], here, resident.sum_bytes([s for s, n in here if n]))]
+        if self._split is not None:
+            needs.append(Need(self._split.cache.layers[first:], beyond))
+        if self._own is not None:
+            needs.append(Need(self._own.caches, [(e.seq_id, e.num_tokens) for e in batch.entries]))
+        reserve(needs, max_bytes)
+
+    @property
+    def kv_bytes(self) -> int:
+        """Memory of keys, values and what is kept per key for the checks, on this side. Caches never shrink."""
+        caches = [] if self._checker is None else [self._checker.cache.nbytes]
+        if self._split is not None:
+            caches.append(self._split.cache.nbytes)
+        if self._own is not None:
+            caches += [c.nbytes for c in self._own.caches]
+        return sum(caches)
 
     def _run_parts(self, batch: Batch) -> F32:
         """The batch, with runs that cross their sequence's limit in two parts, one after the other."""
@@ -377,7 +441,7 @@ class Session:
         if split is None or len(layers) != self.model.tensors.config.num_layers:
             raise InternalError("keys can only be assumed beyond the prover's capacity, for every layer")
         entry = BatchEntry(seq_id, start, (0,) * layers[0][0].shape[0], "none")
-        self._assign_limits(Batch((entry,)))
+        self._make_room(Batch((entry,)))
         limit = split.limits[seq_id]
         if start < limit:
             raise InternalError("the prover keeps these positions: run them")

@@ -7,14 +7,16 @@ maximum, which is taken from checked scores, so the sums are the same bits for e
 from __future__ import annotations
 
 import time
+from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from veriattn.errors import AttentionMismatch, ConfigError, InternalError
-from veriattn.native import attention_weights_paged, key_projection, linear_check, value_projection
+from veriattn.errors import AttentionMismatch, InternalError
+from veriattn.native import attention_weights_paged, linear_check
 from veriattn.native.partial import (
     share_maximum_into,
     share_outputs_into,
@@ -27,12 +29,12 @@ from veriattn.native.partial import (
 from veriattn.shield.permutation import Shield
 from veriattn.spec.forward import AttentionInput, Batch, BatchEntry
 from veriattn.spec.kv import PAGE, PagedCache
-from veriattn.spec.model import ModelConfig
 from veriattn.spec.partial import share_sums
 from veriattn.spec.reference import F32, I8, I32, I64, gather_pages
 from veriattn.verifier.checks import LYING, Attention, ClaimChecker
 from veriattn.verifier.keys import REPETITIONS, U64
 from veriattn.verifier.offload import Controller, Measurement
+from veriattn.verifier.overflow import OverflowCache
 from veriattn.wire.channel import Channel
 from veriattn.wire.messages import Buffer, Kind
 from veriattn.wire.split import (
@@ -43,17 +45,28 @@ from veriattn.wire.split import (
     encode_value_block,
 )
 
+#: Most memory of one exchange's scores, on either side: a run of many rows goes in tiles of rows, at least one at a time.
+SCORE_BYTES = 32 << 20
+
+
+def exchanges(tokens: int, beyond: int, limit: int, ratio: float, heads: int) -> list[tuple[int, int]]:
+    """First row and rows of the exchanges of a run of `tokens`, `beyond` keys of whose sequence lie beyond the limit."""
+    rows = max(1, SCORE_BYTES // (4 * heads * max(limit + int(ratio * beyond), 1)))
+    return [(at, min(rows, tokens - at)) for at in range(0, tokens, rows)]
+
 
 @dataclass
 class SplitStats:
     """Keys attended to by shared runs, summed over steps (of one layer): resident at the prover, streamed to it, ours;
-    the most that keys and values here took; the ratio of every step."""
+    the controller's decision after every step, and how often a layer tried another ratio; the ratios of all layers in the last
+    two steps (a batch that crosses limits takes two)."""
 
     prover_tokens: int = 0
     streamed_tokens: int = 0
     tee_tokens: int = 0
-    tee_bytes: int = 0
     ratios: list[float] = field(default_factory=list)
+    trials: int = 0
+    used: deque[tuple[float, ...]] = field(default_factory=lambda: deque(maxlen=2))
 
     def counters(self) -> dict[str, Any]:
         """Under the names of the engine's report. The ratio is the last step's, None before the first."""
@@ -61,91 +74,10 @@ class SplitStats:
             "kv_prover_tokens": self.prover_tokens,
             "kv_streamed_tokens": self.streamed_tokens,
             "kv_tee_tokens": self.tee_tokens,
-            "kv_tee_bytes": self.tee_bytes,
             "offload_ratio": self.ratios[-1] if self.ratios else None,
             "offload_ratios": tuple(self.ratios),
+            "offload_trials": self.trials,
         }
-
-
-class OverflowCache:
-    """Keys and values beyond the prover's capacity, per layer, with the challenge sum of every block of 256.
-
-    Position j of a sequence with limit C is entry j - C here, so pages are blocks and any run of blocks is a block table.
-    Raises: ConfigError before `max_bytes` would be exceeded.
-    """
-
-    def __init__(self, checker: ClaimChecker, max_bytes: int | None) -> None:
-        c = checker.config
-        fields: dict[str, tuple[np.dtype[np.generic], tuple[int, ...]]] = {
-            "k": (np.dtype(np.int8), (c.head_dim,)),
-            "k_scale": (np.dtype(np.float32), ()),
-            "v": (np.dtype(np.int8), (c.head_dim,)),
-            "g": (np.dtype(np.uint64), (REPETITIONS,)),
-        }
-        self._checker, self._max_bytes = checker, max_bytes
-        self._layers = [PagedCache(c.num_kv_heads, fields, 1 << 20) for _ in range(c.num_layers)]
-        self._block_sums: list[dict[int, list[U64]]] = [{} for _ in range(c.num_layers)]
-
-    def reserve(self, tokens: int) -> None:
-        """Refuse a step whose new keys would pass the memory limit. Raises: ConfigError."""
-        if self._max_bytes is None:
-            return
-        need = self.nbytes + key_bytes(self._checker.config) * (tokens + PAGE)
-        if need > self._max_bytes:
-            raise ConfigError(
-                f"keys and values in the TEE would need {need} bytes, the limit is {self._max_bytes}",
-                hint="raise --tee-memory, give the prover more keys, or run fewer or shorter sequences",
-            )
-
-    def append(self, layer: int, entry: BatchEntry, limit: int, k_i8: I8, k_scale: F32, v_i8: I8) -> None:
-        """Store a run that lies beyond the limit."""
-        cache, keys = self._layers[layer], self._checker.keys
-        cache.extend(entry.seq_id, entry.num_tokens)
-        g = value_projection(v_i8, keys.attention(layer))
-        at = entry.start - limit
-        cache.write(entry.seq_id, at, k=k_i8, k_scale=k_scale, v=v_i8, g=g)
-        sums = self._block_sums[layer].setdefault(entry.seq_id, [])
-        r = keys.positions(entry.start + entry.num_tokens)
-        done = 0
-        while done < entry.num_tokens:
-            if (at + done) // PAGE == len(sums):
-                shape = (self._checker.config.num_kv_heads, REPETITIONS, self._checker.config.head_dim)
-                sums.append(np.zeros(shape, np.uint64))
-            n = min(PAGE - (at + done) % PAGE, entry.num_tokens - done)
-            part = np.ascontiguousarray(k_i8[done : done + n])
-            key_projection(part, r, entry.start + done, sums[(at + done) // PAGE])
-            done += n
-
-    def layer(self, layer: int) -> PagedCache:
-        return self._layers[layer]
-
-    def challenge_sum(self, layer: int, seq_id: int, blocks: int, resident: U64) -> U64:
-        """sum_j r_j k_j over the resident keys and the first blocks, mod p, (kv_heads, 2, d)."""
-        total = resident.copy()
-        for block in self._block_sums[layer].get(seq_id, [])[:blocks]:
-            total = (total + block) % self._checker.prime
-        return total
-
-    def free(self, seq_id: int) -> None:
-        for cache, sums in zip(self._layers, self._block_sums, strict=True):
-            cache.free(seq_id)
-            for block in sums.pop(seq_id, []):
-                block[...] = 0
-
-    def close(self) -> None:
-        """Overwrite and drop everything."""
-        for seq_id in {s for layer in self._layers for s in layer.sequences()}:
-            self.free(seq_id)
-
-    @property
-    def nbytes(self) -> int:
-        sums = sum(s.nbytes for layer in self._block_sums for blocks in layer.values() for s in blocks)
-        return sum(c.nbytes for c in self._layers) + sums
-
-
-def key_bytes(config: ModelConfig) -> int:
-    """Memory of one key position over all layers: k, v, scale and g."""
-    return config.num_layers * config.num_kv_heads * (2 * config.head_dim + 4 + 8 * REPETITIONS)
 
 
 class Sender(Protocol):
@@ -218,22 +150,26 @@ class SplitAttention:
         channel: Channel,
         sender: Sender,
         ratio: float | None,
-        max_bytes: int | None,
         *,
+        first_layer: int = 0,
         by_weights: bool = False,
         shield: Shield | None = None,
     ) -> None:
+        """first_layer: those before it never come here. ratio: share that is streamed, None to adapt it."""
         self._shield = shield
         self._checker, self._channel, self._sender = checker, channel, sender
         self._send = sender.send
         self._by_weights = by_weights
+        self._first_layer = first_layer
         self.limits: dict[int, int] = {}
-        self.cache = OverflowCache(checker, max_bytes)
+        self.cache = OverflowCache(checker)
         self.stats = SplitStats()
         self._fixed = ratio
-        self.controller = Controller(0.5 if ratio is None else ratio)
-        self._step: list[Measurement] = []
-        self._positions: U64 = np.empty((REPETITIONS, 0), np.uint64)
+        #: What a key costs is not the same for one row and for many: a controller for decoding and one for prompts.
+        self._controllers = {True: Controller(), False: Controller()}
+        self._decoding = True
+        self._used: list[float] = []
+        self._positions: dict[int, U64] = {}
 
     def limit(self, seq_id: int) -> int | None:
         """How many leading positions of a sequence the prover keeps; None for all."""
@@ -250,39 +186,44 @@ class SplitAttention:
 
     def restart_controller(self) -> None:
         """Forget what was measured so far."""
-        self.controller = Controller()
+        self._controllers = {True: Controller(), False: Controller()}
 
     @property
     def ratio(self) -> float:
-        """The share of the non-resident keys that is streamed in this step."""
-        return self.controller.ratio if self._fixed is None else self._fixed
+        """The share of the non-resident keys that is streamed in the next layer."""
+        return self._controllers[self._decoding].ratio if self._fixed is None else self._fixed
 
     def end_step(self) -> None:
-        """Let the controller see what the step's layers took; the decision is in the trace."""
-        if not self._step:
+        """Note the controller's decision, in the report and in the trace; drop what was kept for the step."""
+        for challenges in self._positions.values():
+            challenges[...] = 0
+        self._positions.clear()
+        if not self._used:
             return
-        total = Measurement(
-            sum(m.prover_keys for m in self._step),
-            sum(m.prover_s for m in self._step),
-            sum(m.tee_keys for m in self._step),
-            sum(m.tee_s for m in self._step),
-        )
-        self.stats.ratios.append(self.ratio)
-        self.stats.tee_bytes = max(self.stats.tee_bytes, self.cache.nbytes)
-        if self._fixed is None:
-            self.controller = self.controller.update(total)
-        self._step.clear()
+        self.stats.used.append(tuple(self._used))
+        self._used.clear()
+        controller = self._controllers[self._decoding]
+        self.stats.ratios.append(controller.best_ratio if self._fixed is None else self._fixed)
         trace = self._checker.trace
         if trace.enabled:
             now = time.monotonic()
-            trace.add("replay", now, now, f"offload ratio {self.stats.ratios[-1]:.3f}, next {self.ratio:.3f}")
+            trace.add(
+                "replay", now, now, f"offload ratio {self.stats.ratios[-1]:.3f}, {self.stats.trials} trials of others"
+            )
 
-    def _receive(self, out: npt.NDArray[np.generic]) -> float:
+    def _learn(self, keys: int, seconds: float) -> None:
+        """Let the controller see what a layer's attention took."""
+        if self._fixed is not None or self._by_weights:
+            return
+        before = self._controllers[self._decoding]
+        if keys > 0:
+            self.stats.trials += before.rung != before.best
+        self._controllers[self._decoding] = before.update(Measurement(keys, seconds))
+
+    def _receive(self, out: npt.NDArray[np.generic]) -> None:
         t = time.monotonic()
         self._channel.recv(Kind.CLAIM, out.nbytes, out)
-        waited = time.monotonic() - t
-        self._checker.counts.receive_s += waited
-        return waited
+        self._checker.counts.receive_s += time.monotonic() - t
 
     def attention(
         self, layer: int, batch: Batch, x: AttentionInput, whole: Attention, *, mediated: bool
@@ -297,13 +238,27 @@ class SplitAttention:
         if rest is not None:
             part = AttentionInput(x.q_i8[rows], x.q_scale[rows], x.k_i8[rows], x.k_scale[rows], x.v_i8[rows])
             o[rows], row_sum[rows] = whole(layer, rest, part)
-        for entry, at in zip(batch.entries, batch.slices(), strict=True):
-            if entry.seq_id in split:
-                part = AttentionInput(x.q_i8[at], x.q_scale[at], x.k_i8[at], x.k_scale[at], x.v_i8[at])
-                shared = self._weigh if self._by_weights else self._share
-                o[at], row_sum[at] = shared(layer, entry, part, mediated)
+        shared = [(e, at) for e, at in zip(batch.entries, batch.slices(), strict=True) if e.seq_id in split]
+        self._decoding = all(e.num_tokens == 1 for e, _ in shared)
+        self._used.append(self.ratio)
+        work, began = 0, time.monotonic()
+        for entry, at in shared:
+            for tile, to in self._tiles(entry, at.start):
+                part = AttentionInput(x.q_i8[to], x.q_scale[to], x.k_i8[to], x.k_scale[to], x.v_i8[to])
+                share = self._weigh if self._by_weights else self._share
+                o[to], row_sum[to] = share(layer, tile, part, mediated)
+                work += tile.num_tokens * (tile.start + tile.num_tokens - self.limits[tile.seq_id])
         self._sender.flush()
+        self._learn(work, time.monotonic() - began)
         return o, row_sum
+
+    def _tiles(self, entry: BatchEntry, row: int) -> Iterator[tuple[BatchEntry, slice]]:
+        """A run cut into exchanges, and where the rows of each are."""
+        limit, heads = self.limits[entry.seq_id], self._checker.config.num_heads
+        ratio = 1.0 if self._by_weights else self.ratio
+        for at, n in exchanges(entry.num_tokens, entry.start + entry.num_tokens - limit, limit, ratio, heads):
+            ids = entry.token_ids[at : at + n]
+            yield BatchEntry(entry.seq_id, entry.start + at, ids), slice(row + at, row + at + n)
 
     def _share(self, layer: int, entry: BatchEntry, x: AttentionInput, mediated: bool) -> tuple[I64, I32]:
         """Store the run's keys and values and attend, sharing the work.
@@ -322,20 +277,16 @@ class SplitAttention:
             entry.seq_id, layer, entry.num_tokens, limit, streamed, False,
             self._shown_queries(layer, entry, q_i8) if mediated else None, q_scale if mediated else None,
         )  # fmt: skip
-        began = time.monotonic()
         if share or not mediated:
             self._send(Kind.SPLIT, encode_split(request))
         self._stream_keys(layer, entry.seq_id, streamed)
         trace = checker.trace
         trace.label = f"layers.{layer}.attention.{entry.seq_id}"
-        busy = -time.monotonic()
         with trace.span("replay", f"{trace.label}, own scores"):
             row_max = own.maximum()
-        busy += time.monotonic()
-        waited = 0.0
         if share:
             claimed_scores = np.empty((q_i8.shape[1], entry.num_tokens, share), np.int32)
-            waited += self._receive(claimed_scores)
+            self._receive(claimed_scores)
             with trace.span("check"):
                 self._check_scores(layer, entry, limit, streamed, q_i8, claimed_scores)
             segments = self._segments(layer, entry.seq_id, limit, streamed)
@@ -348,32 +299,24 @@ class SplitAttention:
                 share_weights_into(
                     None, row_sum, pg, claimed_scores, at, count, q_scale, a["k_scale"], row_max, a["g"], table
                 )
-        busy -= time.monotonic()
         with trace.span("replay", f"{trace.label}, own share"):
             o, own_sum = own.attention(row_max)
-        busy += time.monotonic()
         if not mediated:
             self._send(Kind.SHARE, [o, own_sum])
         if share:
             claimed_o = np.empty(o.shape, np.int64)
-            waited += self._receive(claimed_o)
+            self._receive(claimed_o)
             claimed_o = self._restored(layer, entry, claimed_o)
             checker.outputs(layer, entry.seq_id, entry.start, claimed_o, pg)
             o, own_sum = o + claimed_o, own_sum + row_sum
-        self._account(layer, entry, limit, streamed, busy, time.monotonic() - began - busy, waited)
+        self._account(layer, entry, limit, streamed)
         return o, own_sum
 
-    def _account(
-        self, layer: int, entry: BatchEntry, limit: int, streamed: int, busy: float, other: float, waited: float
-    ) -> None:
-        ours = entry.start + entry.num_tokens - limit - streamed
-        if layer == 0:
+    def _account(self, layer: int, entry: BatchEntry, limit: int, streamed: int) -> None:
+        if layer == self._first_layer:
             self.stats.prover_tokens += limit
             self.stats.streamed_tokens += streamed
-            self.stats.tee_tokens += ours
-        # The prover works while we do; what it took is our own work plus the time that we then still waited.
-        prover_s = busy + waited if waited > 0.05 * busy else max(other, 0.0)
-        self._step.append(Measurement(streamed, prover_s, ours, busy))
+            self.stats.tee_tokens += entry.start + entry.num_tokens - limit - streamed
 
     def _weigh(self, layer: int, entry: BatchEntry, x: AttentionInput, mediated: bool) -> tuple[I64, I32]:
         """The same under `tsdp`: every non-resident key and value crosses the link, softmax is computed here."""
@@ -401,9 +344,7 @@ class SplitAttention:
         for at, count, a, table in segments:
             share_projection_into(pg, p_u16, at, count, a["g"], table)
         self._checker.outputs(layer, entry.seq_id, entry.start, claimed_o, pg)
-        if layer == 0:
-            self.stats.prover_tokens += limit
-            self.stats.streamed_tokens += streamed
+        self._account(layer, entry, limit, streamed)
         return claimed_o, share_sums(p_u16)
 
     def _check_scores(
@@ -432,11 +373,12 @@ class SplitAttention:
                 )
 
     def _challenges(self, keys: int) -> U64:
-        """Challenges of the first positions in one piece; kept, since all layers of a step ask for the same."""
-        if self._positions.shape[1] != keys:
-            self._positions[...] = 0
-            self._positions = np.ascontiguousarray(self._checker.keys.positions(keys)[:, :keys])
-        return self._positions
+        """Challenges of the first positions in one piece; kept for the step, since all of its layers ask for the same."""
+        kept = self._positions.get(keys)
+        if kept is None:
+            # A copy even where it is the whole array: this one is overwritten after the step, the session's must live on.
+            kept = self._positions[keys] = self._checker.keys.positions(keys)[:, :keys].copy()
+        return kept
 
     def _segments(self, layer: int, seq_id: int, limit: int, streamed: int) -> list[_Segment]:
         """The prover's share, in its order: first column, keys, the arrays and the block table that hold them."""
@@ -479,5 +421,7 @@ class SplitAttention:
 
     def close(self) -> None:
         """Overwrite all state that depends on secrets."""
-        self._positions[...] = 0
+        for challenges in self._positions.values():
+            challenges[...] = 0
+        self._positions.clear()
         self.cache.close()
