@@ -13,13 +13,14 @@ BIN := $(VENV)/bin
 # One test that hangs must not hang the rest; pytest's own closing lines stay the last ones printed.
 PYTEST := -m pytest -q --timeout 300 $(PYTEST_ARGS)
 
-.PHONY: help demo test test-torch test-browser accept lint format bench bench-peers fuzz native clean
+.PHONY: help demo test test-torch test-gpu test-browser accept lint format bench bench-peers fuzz native clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo 'make demo        fetch SmolLM2-135M, convert it, print a verified answer (a few minutes the first time)'
 	@echo 'make test        lint, types, import contracts and all tests that need neither torch nor a GPU'
-	@echo 'make test-torch  the tests against transformers, in an environment of their own (CPU build of torch)'
+	@echo 'make test-torch  the tests against transformers, and of the GPU code without a GPU (CPU build of torch)'
+	@echo 'make test-gpu    the kernels and the prover on a GPU, with the torch of $$GPU_PYTHON (python3)'
 	@echo 'make test-browser  the page of the server in headless Chromium ($$CHROMIUM, or one on the PATH)'
 	@echo 'make accept      the acceptance measurements (long; quality needs EVAL_TEXT)'
 	@echo 'make lint        ruff, mypy, import contracts        make format   let ruff rewrite'
@@ -64,16 +65,24 @@ format: $(VENV)/.dev
 	$(BIN)/python -m ruff format .
 
 test: lint
-	$(BIN)/python $(PYTEST) -m 'not accept' --ignore tests/torch --ignore tests/browser tests
+	$(BIN)/python $(PYTEST) -m 'not accept' --ignore tests/torch --ignore tests/gpu --ignore tests/browser tests
 
 test-torch: $(VENV_TORCH)/.torch
 	$(VENV_TORCH)/bin/python $(PYTEST) tests/torch
+
+# Needs torch with CUDA and Triton in GPU_PYTHON, and no network: everything else it uses must be there too.
+GPU_PYTHON ?= python3
+test-gpu:
+	@$(GPU_PYTHON) -c 'import torch, triton; raise SystemExit(not torch.cuda.is_available())' \
+		|| { echo 'error: $(GPU_PYTHON) needs a CUDA GPU, torch with CUDA, and triton' >&2; exit 1; }
+	PATH="$$(dirname $$(command -v $(GPU_PYTHON))):$$PATH" $(GPU_PYTHON) tools/build_native.py
+	PYTHONPATH=src $(GPU_PYTHON) -m pytest -q $(PYTEST_ARGS) tests/gpu
 
 test-browser: $(VENV)/.browser
 	$(BIN)/python $(PYTEST) tests/browser
 
 accept: $(VENV)/.accept
-	EVAL_TEXT='$(EVAL_TEXT)' $(BIN)/python -m pytest -v -s --timeout 7200 $(PYTEST_ARGS) -m accept --ignore tests/browser tests
+	EVAL_TEXT='$(EVAL_TEXT)' $(BIN)/python -m pytest -v -s --timeout 7200 $(PYTEST_ARGS) -m accept --ignore tests/browser --ignore tests/gpu tests
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks

@@ -28,6 +28,13 @@ cpu_torch() {
     pip install -qq "$want"
 }
 
+# A torch for GPUs brings the Triton that belongs to it; the CPU build brings none.
+triton() {
+    "$venv/bin/python" -c 'import triton' >/dev/null 2>&1 && return
+    say 'installing triton, for its interpreter'
+    pip install -qq "triton==${TRITON_VERSION:-3.6.0}"
+}
+
 fresh
 case $kind in
     base)
@@ -53,6 +60,7 @@ case $kind in
         ;;
     torch)
         cpu_torch
+        triton
         say 'installing veriattn and the tools that the tests need'
         "$venv/bin/python" "$here/extra.py" dev torch-test >"$venv/dev.txt"
         pip install -qq -r "$venv/dev.txt" -e .

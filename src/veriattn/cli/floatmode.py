@@ -24,10 +24,10 @@ from veriattn.verifier.tiling import Tiling
 
 MARK = "[TOLERANCE] "
 CHECK_OPTIONS = (
-    "format_", "exp_format", "backend", "device", "challenges", "n_a", "tau_a", "tau_g", "repetitions", "tolerance_factor",
+    "format_", "exp_format", "backend", "challenges", "n_a", "tau_a", "tau_g", "repetitions", "tolerance_factor",
 )  # fmt: skip
 _FLOAT_OPTIONS = {
-    *CHECK_OPTIONS, "system", "raw", "max_tokens", "strategy", "tiles", "prover_kv_tokens", "offload_ratio",
+    *CHECK_OPTIONS, "device", "system", "raw", "max_tokens", "strategy", "tiles", "prover_kv_tokens", "offload_ratio",
     "prover_command", "numerics", "threads",
 }  # fmt: skip
 _TEXT = Path(__file__).resolve().parents[1] / "convert" / "calibration.txt"
@@ -64,7 +64,7 @@ def check_options(function: Any) -> Any:
             click.option("--exp-format", type=click.Choice(FORMATS), help="Attention weights.  [default: see docs]"),
             click.option("--backend", type=click.Choice(["numpy", "torch"]), default="numpy", show_default=True,
                          help="What the prover computes with."),
-            click.option("--device", default="cpu", show_default=True, help="The prover's torch device."),
+            click.option("--device", default="cpu", show_default=True, help="Where the prover runs: cpu or cuda."),
             click.option("--challenges", type=click.Choice(["fresh", "sequence"]), default="fresh", show_default=True,
                          help="Attention's secret vectors: per call, or kept for a sequence (the paper's)."),
             click.option("--n-a", type=int, default=16, show_default=True, help="Coefficients are drawn from 1..N."),

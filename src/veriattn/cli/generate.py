@@ -41,7 +41,11 @@ from veriattn.verifier.tiling import Tiling
 from veriattn.wire.emulate import Throttle
 from veriattn.wire.messages import AttentionCheck
 
-_CHECKS = {"replay": AttentionCheck.REPLAY, "transfer": AttentionCheck.TRANSFER}
+_CHECKS: dict[str, AttentionCheck | Literal["auto"]] = {
+    "auto": "auto",
+    "replay": AttentionCheck.REPLAY,
+    "transfer": AttentionCheck.TRANSFER,
+}
 _MAX_PROMPTS_BYTES = 256 << 20
 
 
@@ -72,7 +76,7 @@ _MAX_PROMPTS_BYTES = 256 << 20
 @click.option("--strategy", type=click.Choice(STRATEGIES), default="run-ahead", show_default=True,
               help="Where the work is done. All give the same tokens.")  # fmt: skip
 @click.option("--attention-check", type=click.Choice(sorted(_CHECKS)), default="replay", show_default=True,
-              help="Recompute attention scores, or have them sent and check those.")  # fmt: skip
+              help="Recompute attention scores, or have them sent and check those; auto measures.")  # fmt: skip
 @click.option(
     "--prefill-chunk", type=click.IntRange(1, 1 << 16), default=512, show_default=True, help="Most tokens of one step."
 )
@@ -230,12 +234,22 @@ def _engine_config(model: str, path: Path, options: dict[str, Any]) -> EngineCon
         kv_shield=options["kv_shield"],
         shield_first_layers=options["shield_first_layers"],
         emulate_link=None if link is None else Throttle.parse(link),
+        device=_device(options["device"]),
         prover_command=command,
         prover_address=options["prover_address"],
         prover_threads=options["threads"] if options["prover_address"] is None else None,
         trace=options["trace"],
         expected_digest=None if digest is None else digest.lower(),
     )
+
+
+def _device(name: str) -> str:
+    """A device of the exact prover. Raises: UsageError."""
+    if name not in ("cpu", "cuda"):
+        raise UsageError(
+            f"--device {name}: the exact prover runs on cpu or cuda", hint="CUDA_VISIBLE_DEVICES picks a GPU"
+        )
+    return name
 
 
 def _size(text: str) -> int:

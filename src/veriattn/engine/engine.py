@@ -17,7 +17,7 @@ from veriattn.shield.permutation import ShieldMode
 from veriattn.spec.forward import Batch
 from veriattn.spec.sampler import SamplingParams, logprobs, sample
 from veriattn.trace import NO_TRACE, TRACE_VARIABLE, ProverFile, Trace, summary, to_chrome
-from veriattn.verifier.launch import ChildProver, Launcher, Prover, RemoteProver
+from veriattn.verifier.launch import ChildProver, Launcher, Prover, RemoteProver, builtin_prover
 from veriattn.verifier.model import VerifierModel
 from veriattn.verifier.session import SessionConfig
 from veriattn.verifier.tiling import Tiling
@@ -29,6 +29,7 @@ from veriattn.wire.messages import AttentionCheck
 class EngineConfig:
     """Settings of an engine. Lengths in tokens, times in seconds.
 
+    device: where the prover that is started here runs, `cpu` or `cuda`; another program or address decides for itself.
     prover_address: of a prover that listens (tcp://, vsock://, unix://); default: one is started here.
     prefill_chunk: most tokens of one step. retries: how often a prover that died or fell silent is replaced before the
     error is raised; a prover that was caught lying is never retried here. trace: where `close` writes a Chrome trace.
@@ -38,7 +39,7 @@ class EngineConfig:
     prefill_chunk: int = 512
     max_sequences: int = 64
     kv_tokens: int = 1 << 18
-    attention_check: AttentionCheck = AttentionCheck.REPLAY
+    attention_check: AttentionCheck | Literal["auto"] = AttentionCheck.REPLAY
     tiling: Tiling | Literal["auto"] | None = None
     emulate_link: Throttle | None = None
     prover_kv_tokens: int | None = None
@@ -47,6 +48,7 @@ class EngineConfig:
     tee_memory_bytes: int | None = None
     kv_shield: ShieldMode = "off"
     shield_first_layers: int = 0
+    device: str = "cpu"
     prover_command: tuple[str, ...] | None = None
     prover_address: str | None = None
     prover_threads: int | None = None
@@ -192,7 +194,8 @@ class Engine:
         if c.prover_address is not None:
             return RemoteProver(c.prover_address, c.step_timeout_s, c.emulate_link)
         environment = {} if self._prover_trace is None else {TRACE_VARIABLE: self._prover_trace.path}
-        return ChildProver(model, c.prover_command, c.prover_threads, c.step_timeout_s, c.emulate_link, environment)
+        command = c.prover_command or builtin_prover(c.device)
+        return ChildProver(model, command, c.prover_threads, c.step_timeout_s, c.emulate_link, environment)
 
     @property
     def guarantee(self) -> str:

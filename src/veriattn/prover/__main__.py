@@ -11,9 +11,10 @@ from pathlib import Path
 
 from veriattn.errors import VeriattnError
 from veriattn.native import set_threads
+from veriattn.prover.devices import DEVICES, backend_factory
 from veriattn.prover.finder import ModelFinder
 from veriattn.prover.listen import Listener
-from veriattn.prover.serve import FIRST_MESSAGE_S, cpu_backend, serve
+from veriattn.prover.serve import FIRST_MESSAGE_S, serve
 from veriattn.wire.channel import inherited_channel
 
 
@@ -33,6 +34,7 @@ def _options(arguments: Sequence[str]) -> argparse.Namespace:
         help="a model, or a directory of models, to be found by digest; may be given several times",
     )
     parser.add_argument("--sessions", type=int, default=1, metavar="N", help="serve N verifiers at a time (default: 1)")
+    parser.add_argument("--device", choices=DEVICES, default="cpu", help="where the model runs (default: cpu)")
     options = parser.parse_args(arguments)
     if options.listen is not None and not options.model_dir:
         parser.error("--listen needs --model-dir: models are found by digest")
@@ -49,7 +51,7 @@ def main(arguments: Sequence[str] = ()) -> int:
         set_threads(int(threads))
     try:
         if options.listen is not None:
-            listener = Listener(options.listen, options.model_dir, options.sessions)
+            listener = Listener(options.listen, options.model_dir, options.sessions, options.device)
             signal.signal(signal.SIGTERM, listener.stop)
             signal.signal(signal.SIGINT, listener.stop)
             print(f"listening at {listener.address}", flush=True)
@@ -57,9 +59,8 @@ def main(arguments: Sequence[str] = ()) -> int:
             return 0
         finder = ModelFinder(options.model_dir) if options.model_dir else None
         with inherited_channel() as channel:
-            serve(
-                channel, lambda hello: cpu_backend(hello, finder), first_message_s=FIRST_MESSAGE_S if finder else None
-            )
+            factory = backend_factory(options.device, finder)
+            serve(channel, factory, first_message_s=FIRST_MESSAGE_S if finder else None)
     except VeriattnError as e:
         print(f"veriattn prover: {e}", file=sys.stderr)
         return e.exit_code

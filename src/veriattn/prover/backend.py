@@ -22,7 +22,7 @@ class ClaimSink(Protocol):
     """Takes claims in the order of docs/wire.md section 6. `name` says which one, for traces and tests."""
 
     def claim(self, name: str, values: Array) -> None:
-        """Send one claim; `values` is C-contiguous and not changed afterwards."""
+        """Send one claim; `values` is C-contiguous. Its memory is used again after the call: what is kept must be copied."""
         ...
 
 

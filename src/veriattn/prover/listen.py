@@ -34,11 +34,11 @@ class Listener:
     Raises: UsageError for an address that cannot be taken.
     """
 
-    def __init__(self, address: str, model_dirs: Sequence[Path], sessions: int = 1) -> None:
+    def __init__(self, address: str, model_dirs: Sequence[Path], sessions: int = 1, device: str = "cpu") -> None:
         self._server = listen(address)
         self.address = bound_address(self._server, address)
         self._unix_path = Path(address.removeprefix("unix://")) if address.startswith("unix://") else None
-        self._command = [sys.executable, "-m", "veriattn.prover"]
+        self._command = [sys.executable, "-m", "veriattn.prover", "--device", device]
         for directory in model_dirs:
             self._command += ["--model-dir", str(directory.resolve())]
         self._sessions = sessions

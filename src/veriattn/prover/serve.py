@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from veriattn.errors import InternalError, ModelError, VeriattnError
+from veriattn.errors import InternalError, ModelError, ProverUnavailable, VeriattnError
 from veriattn.native.kernels import wipe_free_memory
 from veriattn.prover.backend import Backend, ClaimSink
 from veriattn.prover.cpu import CpuBackend
@@ -65,12 +66,19 @@ class LayerSink(ChannelSink):
         self._channel.send_all(Kind.CLAIM, claims)
 
 
-def cpu_backend(hello: Hello, finder: ModelFinder | None = None) -> Backend:
-    """The default factory. With a finder the model's digest alone says which model. Raises: ModelError."""
-    if finder is None and not hello.model_path:
+def model_directory(hello: Hello, finder: ModelFinder | None) -> Path:
+    """Where the model is. With a finder its digest alone says which one it is. Raises: ModelError."""
+    if finder is not None:
+        return finder.find(hello.model_digest)
+    if not hello.model_path:
         raise ModelError("the verifier names a model by digest, this prover knows no directories to look in")
+    return Path(hello.model_path)
+
+
+def cpu_backend(hello: Hello, finder: ModelFinder | None = None) -> Backend:
+    """The default factory. Raises: ModelError."""
     return CpuBackend(
-        finder.find(hello.model_digest) if finder is not None else Path(hello.model_path),
+        model_directory(hello, finder),
         expected_digest=hello.model_digest,
         kv_tokens=hello.limits.kv_tokens,
         max_sequences=hello.limits.max_sequences,
@@ -148,6 +156,10 @@ def serve(
         _report(channel, ErrorCode.MODEL, e)
     except MemoryError as e:
         _report(channel, ErrorCode.OUT_OF_MEMORY, e)
+    except ProverUnavailable as e:
+        # What is missing here: the hint goes where people look for the reason.
+        print(f"hint: {e.hint}", file=sys.stderr, flush=True)
+        _report(channel, ErrorCode.UNSUPPORTED, e)
     except InternalError as e:
         _report(channel, ErrorCode.INTERNAL, e)
 

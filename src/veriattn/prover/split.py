@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 
+from veriattn.errors import InternalError
 from veriattn.native.partial import share_outputs_into, share_scores_into, share_weights_into
 from veriattn.prover.backend import ClaimSink
 from veriattn.spec.local import LocalOperations
@@ -22,6 +25,105 @@ from veriattn.wire.split import (
     decode_value_block,
     max_split_bytes,
 )
+
+U16 = npt.NDArray[np.uint16]
+Q_contra = TypeVar("Q_contra", contravariant=True)
+
+
+class Share(Protocol[Q_contra]):
+    """Computes one share, in the order of docs/wire.md section 8. Queries come in the form that the backend keeps them in."""
+
+    def cached(self, layer: int, seq_id: int) -> int:
+        """Keys of a sequence that are kept here."""
+        ...
+
+    def begin(self, request: SplitRequest, q_i8: Q_contra, q_scale: Q_contra) -> None:
+        """A new share. Shapes: q (rows, heads, d), q_scale (rows, heads)."""
+        ...
+
+    def resident_scores(self) -> None: ...
+
+    def block_scores(self, at: int, k_i8: I8, k_scale: F32) -> None:
+        """Scores of streamed keys, to stand from column `at`."""
+        ...
+
+    def scores(self) -> I32:
+        """(heads, rows, keys of the share)."""
+        ...
+
+    def weights(self, p_u16: U16) -> None:
+        """Use these P."""
+        ...
+
+    def row_max(self, row_max: F32) -> None:
+        """Use P relative to these maxima, (rows, heads)."""
+        ...
+
+    def resident_outputs(self) -> None: ...
+
+    def block_outputs(self, at: int, v_i8: I8) -> None: ...
+
+    def outputs(self) -> tuple[I64, I32]:
+        """O and L; L is 0 after `weights`."""
+        ...
+
+
+class CpuShare:
+    """A share over native kernels and a cache in this process's memory."""
+
+    def __init__(self, local: LocalOperations) -> None:
+        self._local = local
+
+    def cached(self, layer: int, seq_id: int) -> int:
+        return self._local.layer_length(layer, seq_id)
+
+    def begin(self, request: SplitRequest, q_i8: np.ndarray[Any, Any], q_scale: np.ndarray[Any, Any]) -> None:
+        r = self._request = request
+        rows, heads = q_i8.shape[:2]
+        self._q_i8, self._q_scale = q_i8, q_scale
+        self._pages, self._table = self._local.pages(r.layer, r.seq_id)
+        self._scores = np.empty((heads, rows, r.resident + r.streamed), np.int32)
+        self._scales: list[F32] = []
+        self._p: U16 | None = None
+        self._o, self._sums = np.zeros(q_i8.shape, np.int64), np.zeros((rows, heads), np.int32)
+
+    def resident_scores(self) -> None:
+        share_scores_into(self._scores, 0, self._request.resident, self._q_i8, self._pages["k"], self._table)
+
+    def block_scores(self, at: int, k_i8: I8, k_scale: F32) -> None:
+        share_scores_into(self._scores, at, k_i8.shape[0], self._q_i8, k_i8)
+        self._scales.append(k_scale)
+
+    def scores(self) -> I32:
+        return self._scores
+
+    def weights(self, p_u16: U16) -> None:
+        self._p = p_u16
+
+    def row_max(self, row_max: F32) -> None:
+        r, p = self._request, np.empty(self._scores.shape, np.uint16)
+        kv_heads = self._pages["k_scale"].shape[1]
+        streamed = np.concatenate([np.empty((0, kv_heads), np.float32), *self._scales])
+        own = (0, r.resident, self._pages["k_scale"], self._table)
+        for at, count, k_scale, where in (own, (r.resident, r.streamed, streamed, None)):
+            share_weights_into(
+                p, self._sums, None, self._scores, at, count, self._q_scale, k_scale, row_max, None, where
+            )
+        self._p = p
+
+    def resident_outputs(self) -> None:
+        self._add(0, self._request.resident, self._pages["v"], self._table)
+
+    def block_outputs(self, at: int, v_i8: I8) -> None:
+        self._add(at, v_i8.shape[0], v_i8, None)
+
+    def _add(self, at: int, count: int, v_i8: I8, table: I32 | None) -> None:
+        if self._p is None:
+            raise InternalError("outputs before weights")
+        share_outputs_into(self._o, self._p, at, count, v_i8, table)
+
+    def outputs(self) -> tuple[I64, I32]:
+        return self._o, self._sums
 
 
 class SplitProver:
@@ -44,49 +146,40 @@ class SplitProver:
     def answer(
         self, request: SplitRequest, local: LocalOperations, q_i8: I8, q_scale: F32, sink: ClaimSink
     ) -> tuple[I64, I32]:
+        """`exchange` over native kernels and a cache in this process's memory."""
+        return self.exchange(request, CpuShare(local), q_i8, q_scale, sink)
+
+    def exchange(
+        self, request: SplitRequest, share: Share[Any], q_i8: Any, q_scale: Any, sink: ClaimSink
+    ) -> tuple[I64, I32]:
         """Claim scores and outputs of the share; returns O and L of the share (L is 0 where the verifier sends weights).
 
         Raises: BadRequest for keys that are not there or messages out of order.
         """
         r, c = request, self._config
-        rows, heads = q_i8.shape[:2]
-        if local.layer_length(r.layer, r.seq_id) < r.resident:
+        if share.cached(r.layer, r.seq_id) < r.resident:
             raise BadRequest(f"sequence {r.seq_id} has fewer keys in layer {r.layer}")
         if r.resident + r.streamed == 0:
-            return np.zeros(q_i8.shape, np.int64), np.zeros((rows, heads), np.int32)
+            return np.zeros((r.rows, c.num_heads, c.head_dim), np.int64), np.zeros((r.rows, c.num_heads), np.int32)
         name = f"layers.{r.layer}.{{}}.{r.seq_id}"
-        a, table = local.pages(r.layer, r.seq_id)
-        scores_i32 = np.empty((heads, rows, r.resident + r.streamed), np.int32)
-        share_scores_into(scores_i32, 0, r.resident, q_i8, a["k"], table)
-        at, scales = r.resident, []
+        share.begin(r, q_i8, q_scale)
+        share.resident_scores()
+        at = r.resident
         for count in block_sizes(r.streamed):
-            k_block, scale = decode_key_block(self._receive(Kind.BLOCK), count, c)
-            share_scores_into(scores_i32, at, count, q_i8, k_block)
-            scales.append(scale)
+            share.block_scores(at, *decode_key_block(self._receive(Kind.BLOCK), count, c))
             at += count
-        sink.claim(name.format("scores"), scores_i32)
+        sink.claim(name.format("scores"), share.scores())
         payload = self._receive(Kind.NORMALISER)
         if r.with_weights:
-            p_u16 = decode_array(payload, "<u2", scores_i32.shape).astype(np.uint16)
-            row_sums = np.zeros((rows, heads), np.int32)
+            share.weights(decode_array(payload, "<u2", (c.num_heads, r.rows, at)).astype(np.uint16))
         else:
-            row_max = decode_array(payload, "<f4", (rows, heads)).astype(np.float32)
-            p_u16, row_sums = np.empty(scores_i32.shape, np.uint16), np.zeros((rows, heads), np.int32)
-            own = (0, r.resident, a["k_scale"], table)
-            streamed = (
-                r.resident,
-                r.streamed,
-                np.concatenate([np.empty((0, c.num_kv_heads), np.float32), *scales]),
-                None,
-            )
-            for at, count, k_scale, where in (own, streamed):
-                share_weights_into(p_u16, row_sums, None, scores_i32, at, count, q_scale, k_scale, row_max, None, where)
-        at, o = r.resident, np.zeros(q_i8.shape, np.int64)
-        share_outputs_into(o, p_u16, 0, at, a["v"], table)
+            share.row_max(decode_array(payload, "<f4", (r.rows, c.num_heads)).astype(np.float32))
+        share.resident_outputs()
+        at = r.resident
         for count in block_sizes(r.streamed):
-            v_block = decode_value_block(self._receive(Kind.BLOCK), count, c)
-            share_outputs_into(o, p_u16, at, count, v_block)
+            share.block_outputs(at, decode_value_block(self._receive(Kind.BLOCK), count, c))
             at += count
+        o, row_sums = share.outputs()
         sink.claim(name.format("attention"), o)
         return o, row_sums
 

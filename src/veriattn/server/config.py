@@ -35,6 +35,7 @@ class TlsConfig:
 class EngineSettings:
     """What the engine and its prover may use. Lengths in tokens, times in seconds.
 
+    device: where the built-in prover runs, `cpu` or `cuda`.
     prover_command: started here, as a child; default: the built-in one. prover_address: of one that listens, outside of the
     guest or on another machine (tcp://HOST:PORT, vsock://CID:PORT, unix:///PATH). prover_kv_tokens: cache entries that it
     holds for a sequence, 0 for all.
@@ -44,6 +45,7 @@ class EngineSettings:
     prefill_chunk: int = 512
     max_sequences: int = 32
     kv_tokens: int = 1 << 16
+    device: str = "cpu"
     prover_command: tuple[str, ...] = ()
     prover_address: str = ""
     prover_kv_tokens: int = 0
@@ -123,6 +125,7 @@ class ServerConfig:
         _need(bool(self.tls.certificate) == bool(self.tls.key), "tls.certificate and tls.key belong together")
         _need(not (self.tls.certificate and self.tls.ephemeral), "tls.ephemeral and tls.certificate exclude each other")
         _need("*" not in self.cors_origins, "cors_origins must name origins; '*' would open the API to every page")
+        _need(self.engine.device in ("cpu", "cuda"), "engine.device must be cpu or cuda")
         strategies = ", ".join(_SERVED_STRATEGIES)
         _need(self.engine.strategy in _SERVED_STRATEGIES, f"engine.strategy must be one of {strategies}")
         _need(

@@ -27,7 +27,7 @@ from veriattn.server.metrics import Metrics
 from veriattn.server.service import Service
 from veriattn.server.tamper import TamperSwitch
 from veriattn.server.tls import open_tls
-from veriattn.verifier.launch import ChildProver, Launcher, Prover, RemoteProver
+from veriattn.verifier.launch import ChildProver, Launcher, Prover, RemoteProver, builtin_prover
 from veriattn.verifier.model import VerifierModel
 
 log = logging.getLogger("veriattn.server")
@@ -42,6 +42,7 @@ def engine_config(config: ServerConfig) -> EngineConfig:
         prefill_chunk=e.prefill_chunk,
         max_sequences=e.max_sequences,
         kv_tokens=e.kv_tokens,
+        device=e.device,
         prover_command=e.prover_command or None,
         prover_address=e.prover_address or None,
         prover_kv_tokens=e.prover_kv_tokens or None,
@@ -60,7 +61,8 @@ def launcher(config: ServerConfig) -> Launcher:
     def launch(model: VerifierModel) -> Prover:
         if e.prover_address:
             return RemoteProver(e.prover_address, e.step_timeout_s)
-        return ChildProver(model, e.prover_command or None, e.prover_threads or None, e.step_timeout_s)
+        command = e.prover_command or builtin_prover(e.device)
+        return ChildProver(model, command, e.prover_threads or None, e.step_timeout_s)
 
     return launch
 

@@ -386,12 +386,14 @@ class RunAheadOperations:
     def __init__(
         self, checker: ClaimChecker, channel: Channel, attention_check: AttentionCheck, split: Split | None = None
     ) -> None:
-        self._checker, self._channel, self._check, self._split = checker, channel, attention_check, split
+        self._checker, self._channel, self._split = checker, channel, split
+        #: May change between steps. `attention_s`: wall time in attention so far, waiting included.
+        self.attention_check, self.attention_s = attention_check, 0.0
         self._claims: Claims | None = None  # of one layer after the other: nothing is kept of them
 
     def fused_layer(self, ctx: StepContext, i: int, layer: LayerTensors, x: F32) -> F32 | None:
         """See `FusedOperations`. Raises: as `linear` and `attention`."""
-        if self._check is not AttentionCheck.REPLAY or self._split is not None or self._checker.cache.tracks_scores:
+        if self.attention_check is not AttentionCheck.REPLAY or self._split is not None or self._checker.cache.tracks_scores:
             return None
         if self._checker.trace.enabled or not hasattr(ctx.kernels, "local_layer"):
             return None
@@ -416,9 +418,13 @@ class RunAheadOperations:
 
     def attention(self, layer: int, batch: Batch, x: AttentionInput) -> tuple[I64, I32]:
         """See `Operations.attention`. Raises: AttentionMismatch; ProverFault and below."""
+        t = time.monotonic()
         if self._split is None:
-            return self._whole(layer, batch, x)
-        return self._split.attention(layer, batch, x, self._whole, mediated=False)
+            result = self._whole(layer, batch, x)
+        else:
+            result = self._split.attention(layer, batch, x, self._whole, mediated=False)
+        self.attention_s += time.monotonic() - t
+        return result
 
     def _whole(self, layer: int, batch: Batch, x: AttentionInput) -> tuple[I64, I32]:
         checker, c = self._checker, self._checker.config
@@ -428,7 +434,7 @@ class RunAheadOperations:
         expected, row_sums = [], []
         for entry, rows, c_before in zip(batch.entries, slices, before, strict=True):
             q, q_scale, start = x.q_i8[rows], x.q_scale[rows], entry.start
-            if self._check is AttentionCheck.TRANSFER:
+            if self.attention_check is AttentionCheck.TRANSFER:
                 claimed_scores = np.empty((c.num_heads, entry.num_tokens, start + entry.num_tokens), np.int32)
                 self._receive(claimed_scores)
                 row_sum, pg = checker.expected_by_transfer(

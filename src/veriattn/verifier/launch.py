@@ -36,6 +36,11 @@ class Prover(Protocol):
 Launcher = Callable[[VerifierModel], Prover]
 
 
+def builtin_prover(device: str = "cpu") -> tuple[str, ...]:
+    """The command that starts the prover that comes with this package, on a device."""
+    return (sys.executable, "-m", "veriattn.prover", "--device", device)
+
+
 def quote_output(error: BaseException, prover: Prover) -> None:
     """Let a fault of the prover say what the prover printed last, on one line: its lines must not pass for ours."""
     if isinstance(error, ProverFault):
@@ -57,7 +62,7 @@ class ChildProver:
         environment: Mapping[str, str] | None = None,
     ) -> None:
         """Raises: ProverUnavailable."""
-        command = command or (sys.executable, "-m", "veriattn.prover")
+        command = command or builtin_prover()
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         extra = dict(environment or {})
         if threads is not None:

@@ -100,6 +100,7 @@ class _Mediated(ABC):
     ) -> None:
         self._checker, self._channel, self._split, self._shield, self._own = checker, channel, split, shield, own
         self._index = {name: i for i, name in enumerate(checker.shapes)}
+        self.attention_s = 0.0  # wall time in attention so far, waiting included
 
     def _receive(self, out: npt.NDArray[_Integer]) -> npt.NDArray[_Integer]:
         start = time.monotonic()
@@ -111,9 +112,13 @@ class _Mediated(ABC):
         """See `Operations.attention`."""
         if self._own is not None and layer < self._own.count:
             return self._own.attention(layer, batch, x)
+        start = time.monotonic()
         if self._split is None:
-            return self._whole(layer, batch, x)
-        return self._split.attention(layer, batch, x, self._whole, mediated=True)
+            result = self._whole(layer, batch, x)
+        else:
+            result = self._split.attention(layer, batch, x, self._whole, mediated=True)
+        self.attention_s += time.monotonic() - start
+        return result
 
     def linear(self, name: str, a_i8: I8) -> I32:
         """See `Operations.linear`. The first layers' projections stay here where the session says so."""
@@ -215,7 +220,7 @@ class VeriattnOperations(_Mediated):
         own: OwnLayers | None,
     ) -> None:
         super().__init__(checker, channel, split, shield, own)
-        self._sender, self._check = sender, attention_check
+        self._sender, self.attention_check = sender, attention_check
         self._tiling = None if tiling == "auto" else tiling
         self._auto = AutoTiling() if tiling == "auto" else None
 
@@ -242,7 +247,7 @@ class VeriattnOperations(_Mediated):
             tiling = self._tiling or Tiling.default(longest, most_rows)
         blocks, tile_rows = tiling.kv_blocks(c.num_kv_heads), tiling.tile_rows(most_rows)
         checker.trace.label = f"layers.{layer}.attention"
-        transfer = self._check is AttentionCheck.TRANSFER
+        transfer = self.attention_check is AttentionCheck.TRANSFER
         runs = tuple(Run(e.seq_id, e.start, e.num_tokens) for e in batch.entries)
         before = checker.append(layer, batch, x)
         outputs = np.empty((batch.num_tokens, c.num_heads, c.head_dim), np.int64)

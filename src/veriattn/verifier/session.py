@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 
@@ -27,6 +27,7 @@ from veriattn.spec.modelfile import ModelDirectory
 from veriattn.spec.reference import F32, I8
 from veriattn.trace import NO_TRACE, Trace
 from veriattn.verifier.checks import CheckCounts, ClaimChecker, RunAheadOperations
+from veriattn.verifier.choice import AutoCheck
 from veriattn.verifier.keys import SOUNDNESS_BITS, KeySet
 from veriattn.verifier.launch import ChildProver, Launcher, Prover, quote_output
 from veriattn.verifier.mediated import QueuedSender, TsdpOperations, VeriattnOperations
@@ -78,6 +79,7 @@ class Flow(Enum):
 class SessionConfig:
     """What a session may use. Times in seconds. tiling: None for the paper's defaults by length (`veriattn` only).
 
+    attention_check: `auto` chooses for prefill and for decode from measured times (verifier/choice.py).
     prover_kv_tokens, prover_kv_total: keys that the prover keeps, of one sequence and of all; None for no limit.
     offload_ratio: share of the other keys that is streamed to it in each step, None to adapt it to measured times.
     tee_memory_bytes: most that keys, values and what is kept per key for the checks may take here.
@@ -86,7 +88,7 @@ class SessionConfig:
     max_tokens_per_step: int = 512
     max_sequences: int = 64
     kv_tokens: int = 1 << 20
-    attention_check: AttentionCheck = AttentionCheck.REPLAY
+    attention_check: AttentionCheck | Literal["auto"] = AttentionCheck.REPLAY
     tiling: Tiling | Literal["auto"] | None = None
     prover_kv_tokens: int | None = None
     prover_kv_total: int | None = None
@@ -132,6 +134,28 @@ def cut_at_limits(batch: Batch, limits: Mapping[int, int]) -> list[Batch]:
         else:
             first.append(e)
     return [Batch(tuple(part)) for part in (first, second) if part]
+
+
+class _Choosable(Protocol):
+    """Operations whose attention check may change between steps."""
+
+    attention_check: AttentionCheck
+    attention_s: float
+
+
+@dataclass
+class _Auto:
+    """A chooser, and what it chooses for."""
+
+    chooser: AutoCheck
+    ops: _Choosable
+    before_s: float = 0.0
+
+    def begin(self, batch: Batch) -> None:
+        self.ops.attention_check, self.before_s = self.chooser.next(batch), self.ops.attention_s
+
+    def end(self, batch: Batch) -> None:
+        self.chooser.took(batch, self.ops.attention_check, self.ops.attention_s - self.before_s)
 
 
 class Session:
@@ -181,6 +205,7 @@ class Session:
         self._split: SplitAttention | None = None
         self._shield: Shield | None = None
         self._own: OwnLayers | None = None
+        self._auto: _Auto | None = None
         try:
             self._prover = launch(model)
         except BaseException:
@@ -238,8 +263,9 @@ class Session:
     def _operations(self, keys: KeySet) -> tuple[ClaimChecker, Operations]:
         config, channel = self.config, self.channel
         limited = config.prover_kv_tokens is not None or config.prover_kv_total is not None
-        check = config.attention_check
-        track_scores = check is AttentionCheck.TRANSFER or self.flow is Flow.TSDP or limited
+        auto = config.attention_check == "auto"
+        check = AttentionCheck.REPLAY if config.attention_check == "auto" else config.attention_check
+        track_scores = auto or check is AttentionCheck.TRANSFER or self.flow is Flow.TSDP or limited
         checker = ClaimChecker(self.model.tensors.config, keys, track_scores, self.stats.checks, self.config.trace)
         if self.flow is Flow.VERIATTN or limited:
             self._sender = QueuedSender(channel)
@@ -256,10 +282,14 @@ class Session:
         if self.flow is Flow.TSDP:
             return checker, TsdpOperations(checker, channel, self._split, self._shield, self._own)
         if self.flow is Flow.VERIATTN and self._sender is not None:
-            return checker, VeriattnOperations(
+            veriattn = VeriattnOperations(
                 checker, channel, self._sender, check, config.tiling, self._split, self._shield, self._own
             )
-        return checker, RunAheadOperations(checker, channel, check, self._split)
+            self._auto = _Auto(AutoCheck(self.model.tensors.config), veriattn) if auto else None
+            return checker, veriattn
+        run_ahead = RunAheadOperations(checker, channel, check, self._split)
+        self._auto = _Auto(AutoCheck(self.model.tensors.config), run_ahead) if auto else None
+        return checker, run_ahead
 
     @property
     def split(self) -> SplitAttention | None:
@@ -379,9 +409,13 @@ class Session:
         """The batch, with runs that cross their sequence's limit in two parts, one after the other."""
         rows: dict[int, list[F32]] = {e.seq_id: [] for e in batch.entries}
         for part in cut_at_limits(batch, {} if self._split is None else self._split.limits):
+            if self._auto is not None:
+                self._auto.begin(part)
             if self.flow.mode is not Mode.OPERATIONS:
                 self._send_step(part)
             logits = self._replay(part) if self._ops is not None else self._take_logits(part)
+            if self._auto is not None:
+                self._auto.end(part)
             self.stats.steps += 1
             if self._split is not None:
                 self._split.end_step()
@@ -392,12 +426,18 @@ class Session:
                 at += count
         return np.concatenate([piece for pieces in rows.values() for piece in pieces])
 
+    def _check(self) -> AttentionCheck:
+        """The attention check of the step at hand."""
+        if self._auto is not None:
+            return self._auto.ops.attention_check
+        return AttentionCheck.REPLAY if self.config.attention_check == "auto" else self.config.attention_check
+
     def _send_step(self, batch: Batch) -> None:
         limits = {} if self._split is None else self._split.limits
         step = Step(
             step=self.stats.steps,
             mode=self.flow.mode,
-            attention_check=self.config.attention_check,
+            attention_check=self._check(),
             entries=tuple(
                 StepEntry(e.seq_id, e.start, e.num_tokens, _LOGIT_ROWS[e.logits], limits.get(e.seq_id))
                 for e in batch.entries

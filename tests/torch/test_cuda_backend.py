@@ -1,0 +1,134 @@
+"""The CUDA backend on CPU tensors, through Triton's interpreter, against the CPU backend: every claim and every logit."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("triton")
+
+from tests.conftest import TINY  # noqa: E402
+from tests.gpu import backends  # noqa: E402
+from tests.gpu.sessions import CASES, check_flows  # noqa: E402
+from tests.helpers import tiny_config, tiny_tensors  # noqa: E402
+
+from veriattn.errors import InternalError, NumericsError  # noqa: E402
+from veriattn.prover.cuda import backend as backend_module  # noqa: E402
+from veriattn.prover.cuda import exponential  # noqa: E402
+from veriattn.spec.forward import Batch, BatchEntry  # noqa: E402
+from veriattn.wire.messages import AttentionCheck, BadRequest  # noqa: E402
+from veriattn.wire.operations import AttendRequest, Reply, Run, WeightsRequest  # noqa: E402
+
+Maker = Callable[..., Path]
+
+
+@pytest.fixture(params=backends.MODELS)
+def pair(request: pytest.FixtureRequest, make_model: Maker) -> backends.Pair:
+    return backends.Pair(make_model(**backends.MODELS[request.param]), "cpu")
+
+
+def test_run_ahead(pair: backends.Pair) -> None:
+    backends.check_steps(pair, 240)
+
+
+def test_greedy_answers(pair: backends.Pair) -> None:
+    assert len(set(backends.check_greedy(pair, 6, 5))) > 1
+
+
+def test_single_operations(pair: backends.Pair) -> None:
+    backends.check_operations(pair)
+
+
+def test_a_failed_self_test_falls_back_to_the_table(make_model: Maker, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An exponential that is wrong in one entry: the backend notices, reads the table and has the right bits."""
+    real = exponential.launch
+
+    def wrong(kernel: Any, grid: tuple[int, ...], entries: Any, *rest: Any, **constants: Any) -> None:
+        real(kernel, grid, entries, *rest, **constants)
+        entries[17] += 1
+
+    monkeypatch.setattr(exponential, "launch", wrong)
+    pair = backends.Pair(make_model(), "cpu")
+    assert pair.cuda.attention.by_table
+    pair.step(AttentionCheck.REPLAY, BatchEntry(1, 0, tuple(range(70)), "last"))
+    pair.step(AttentionCheck.REPLAY, BatchEntry(1, 70, (3,), "last"))
+
+
+@pytest.mark.parametrize("index", [0, 63, 64, 960])
+def test_every_weight_is_part_of_the_self_test(index: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = exponential.launch
+
+    def wrong(kernel: Any, grid: tuple[int, ...], entries: Any, weights: Any, *rest: Any, **constants: Any) -> None:
+        real(kernel, grid, entries, weights, *rest, **constants)
+        weights[index] += 1
+
+    monkeypatch.setattr(exponential, "launch", wrong)
+    assert not exponential.self_test(torch.device("cpu"))
+    assert not exponential.self_test(torch.device("cpu"), by_table=True)
+
+
+def test_wrong_weights_even_from_the_table_are_refused(make_model: Maker, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend_module, "self_test", lambda device, by_table=False: False)
+    with pytest.raises(InternalError, match="even from the table"):
+        backends.Pair(make_model(), "cpu")
+
+
+def huge_model(make_model: Maker) -> Path:
+    """A model whose second norm meets activations of 2**40 and more."""
+    config = tiny_config(**TINY)
+    tensors = tiny_tensors(config)
+    for name in ("qkv.scale", "o.scale", "v_scale"):
+        tensors[f"layers.0.{name}"] = np.full_like(tensors[f"layers.0.{name}"], 2.0**20)
+    return make_model(seed=99, tensors=tensors)
+
+
+def test_activations_out_of_range_end_the_step(make_model: Maker) -> None:
+    pair = backends.Pair(huge_model(make_model), "cpu")
+    batch = Batch((BatchEntry(1, 0, (5, 6), "last"),))
+    for backend in (pair.cpu, pair.cuda):
+        for sink in (None, backends.Collected()):
+            with pytest.raises(NumericsError):
+                backend.step(batch, AttentionCheck.REPLAY, sink)
+            backend.free(1)
+
+
+def test_refuses_what_does_not_continue(make_model: Maker) -> None:
+    pair = backends.Pair(make_model(), "cpu")
+    c = pair.config
+    with pytest.raises(InternalError, match="do not continue"):
+        pair.cuda.step(Batch((BatchEntry(1, 4, (5,), "last"),)), AttentionCheck.REPLAY, None)
+    q = np.zeros((1, c.num_heads, c.head_dim), np.int8)
+    k, ones = np.zeros((1, c.num_kv_heads, c.head_dim), np.int8), np.ones((1, c.num_heads), np.float32)
+    request = AttendRequest(
+        0, 0, c.num_kv_heads, Reply.OUTPUTS, 1, (Run(1, 3, 1),), q, ones, k, ones[:, : c.num_kv_heads], k
+    )
+    with pytest.raises(BadRequest, match="does not continue"):
+        pair.cuda.attend(request, backends.Collected())
+    with pytest.raises(BadRequest, match="fewer keys"):
+        pair.cuda.weights(WeightsRequest(0, 1, np.zeros((c.num_heads, 1, 1), np.uint16)), backends.Collected())
+
+
+def test_a_full_cache_is_said(make_model: Maker) -> None:
+    pair = backends.Pair(make_model(), "cpu", kv_tokens=256, max_sequences=1)
+    for seq_id in (1, 2):
+        pair.cuda.step(Batch((BatchEntry(seq_id, 0, (5,), "none"),)), AttentionCheck.REPLAY, None)
+    with pytest.raises(InternalError, match="full"):
+        pair.cuda.step(Batch((BatchEntry(3, 0, (5,), "none"),)), AttentionCheck.REPLAY, None)
+
+
+def test_sessions(make_model: Maker) -> None:
+    """The verifier accepts every claim of the CUDA backend, in a process of its own; the logits are the canonical ones.
+
+    `make test-gpu` runs all of CASES; these have every kind of message.
+    """
+    cases = [CASES[i] for i in (0, 3, 4, 6, 8)]
+    seen = []
+    command = (sys.executable, str(Path(__file__).with_name("interpreted_prover.py")))
+    check_flows(make_model(), command, cases, look=lambda session: seen.append(session.ready.device))
+    assert set(seen) == {"cuda (interpreted)"}
