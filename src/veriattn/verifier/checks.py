@@ -393,7 +393,11 @@ class RunAheadOperations:
 
     def fused_layer(self, ctx: StepContext, i: int, layer: LayerTensors, x: F32) -> F32 | None:
         """See `FusedOperations`. Raises: as `linear` and `attention`."""
-        if self.attention_check is not AttentionCheck.REPLAY or self._split is not None or self._checker.cache.tracks_scores:
+        if (
+            self.attention_check is not AttentionCheck.REPLAY
+            or self._split is not None
+            or self._checker.cache.tracks_scores
+        ):
             return None
         if self._checker.trace.enabled or not hasattr(ctx.kernels, "local_layer"):
             return None
