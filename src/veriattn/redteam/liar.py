@@ -4,7 +4,7 @@ ATTACK is the JSON of `veriattn.redteam.attack.Attack`. What it did is printed t
 
 Kinds, by what they touch (`step` and `claim` say where):
 - computation (`veriattn.redteam.operations`): wrong_weight, wrong_input, other_token, other_model (`text`: its
-  directory), scores, and those of attention's operands (`LIES`);
+  directory), ignore_load (of permuted rows), scores, and those of attention's operands (`LIES`);
 - values: fault (see `FAULTS`), replay (the same claim of step `index`), splice (the claim named `text` of the same
   step), swap (two neighbouring claims);
 - messages: skip, duplicate, hold (sent after the next), extra, header (`text`: the field), short, long, huge, half (then

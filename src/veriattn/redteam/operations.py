@@ -21,7 +21,7 @@ from veriattn.spec.forward import AttentionInput, Batch, BatchEntry, check_batch
 from veriattn.spec.local import LocalOperations
 from veriattn.spec.reference import F32, I8, I32, I64, attention_weights
 from veriattn.wire.messages import AttentionCheck
-from veriattn.wire.operations import LinearRequest
+from veriattn.wire.operations import LinearRequest, LoadRequest
 
 
 class Lie:
@@ -249,6 +249,7 @@ class LyingBackend(CpuBackend):
     batch: Batch
     wrong_operands: tuple[I8, F32, I8, F32, I8] | None = None
     _last_linear = -1
+    _ignored = False
 
     @classmethod
     def load(cls, directory: Path, digest: str | None, kv_tokens: int, max_sequences: int) -> LyingBackend:
@@ -276,11 +277,19 @@ class LyingBackend(CpuBackend):
         return forward(self.tensors, batch, ops, used)
 
     def linear(self, request: LinearRequest, sink: ClaimSink) -> None:
-        """See `Backend.linear`; the first linear of a model opens a step, however many tiles it comes in."""
-        if request.index == 0 != self._last_linear:
+        """See `Backend.linear`; linears of a step ascend, however many tiles they come in, and some may stay in the TEE."""
+        if self._last_linear < 0 or request.index < self._last_linear:
             self.lie.step += 1
         self._last_linear = request.index
         super().linear(request, sink)
+
+    def load_rows(self, request: LoadRequest) -> None:
+        """See `Backend.load_rows`. Who ignores them works with the model's own rows."""
+        if self.lie.attack.kind != "ignore_load":
+            super().load_rows(request)
+        elif not self._ignored:
+            self._ignored = True
+            self.lie.report(True)
 
     def _other_token(self, batch: Batch) -> Batch:
         """Valid work for another prompt."""

@@ -12,6 +12,7 @@ from veriattn.engine.strategies import FullTeeExecutor, TeeWeights
 from veriattn.errors import InternalError, ProverUnavailable, VeriattnError
 from veriattn.redteam.attack import Attack
 from veriattn.redteam.launcher import GEOMETRY, LiarPool
+from veriattn.shield.permutation import ShieldMode
 from veriattn.spec.forward import Batch, BatchEntry
 from veriattn.spec.reference import F32
 from veriattn.verifier.model import VerifierModel
@@ -84,6 +85,8 @@ def run_trial(
     geometry: RingGeometry | None = GEOMETRY,
     limit: int | None = None,
     runs: int = 1,
+    shield: ShieldMode = "off",
+    own_layers: int = 0,
 ) -> Outcome:
     """Run the script, `runs` times, until it ends or the session does. geometry: None for a link over TCP.
 
@@ -94,6 +97,8 @@ def run_trial(
         attention_check=check,
         prover_kv_tokens=limit,
         offload_ratio=None if limit is None else 1.0,
+        kv_shield=shield,
+        shield_first_layers=own_layers,
         step_timeout_s=timeout_s,
         start_timeout_s=timeout_s,
     )
