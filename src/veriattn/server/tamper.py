@@ -77,6 +77,13 @@ class TamperedChannel:
             self._switch.touch(got if out is None else out)
         return got
 
+    def recv_all(self, kind: Kind, outs: Any, *args: Any, **kwargs: Any) -> None:
+        """See `Channel.recv_all`."""
+        self._channel.recv_all(kind, outs, *args, **kwargs)
+        if kind is Kind.CLAIM:
+            for out in outs:
+                self._switch.touch(out)
+
     def recv_into(self, out: Any, timeout_s: float | None = None) -> None:
         """See `Channel.recv_into`."""
         self._channel.recv_into(out, timeout_s)
