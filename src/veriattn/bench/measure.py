@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from veriattn.bench.runner import Counters, Runner, StepTime, StrategyRunner, token_ids
@@ -183,10 +183,17 @@ def decode(decoding: Decoding, length: int, steps: int, *, adapting: bool = Fals
     before = runner.counters()
     times = [decoding.step() for _ in range(steps)]
     after = runner.counters()
+    ratio = _ratio(runner)
     runner.shares(trace=True)
     for _ in range(2):
         decoding.step()
-    return sample_of(runner, times, before, after, runner.shares(trace=False), _ratio(runner))
+    sample = sample_of(runner, times, before, after, runner.shares(trace=False), ratio)
+    if sample.attention_s is None and isinstance(runner, StrategyRunner):
+        # Whole layers were done in one call. What attention is of it shows where they are not.
+        runner.apart(True)
+        sample = replace(sample, attention_s=_median([decoding.step().attention_s for _ in range(3)]))
+        runner.apart(False)
+    return sample
 
 
 def _ratio(runner: Runner) -> float | None:

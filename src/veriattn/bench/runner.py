@@ -17,8 +17,8 @@ import numpy as np
 
 from veriattn.bench.traffic import Bytes, Part, attention_bytes, batch_bytes
 from veriattn.engine.strategies import FullTeeExecutor, SessionExecutor, Strategy, TeeWeights
-from veriattn.spec.forward import AttentionInput, Batch, BatchEntry, Operations
-from veriattn.spec.model import ModelConfig
+from veriattn.spec.forward import AttentionInput, Batch, BatchEntry, Operations, StepContext
+from veriattn.spec.model import LayerTensors, ModelConfig
 from veriattn.spec.reference import F32, I8, I32, I64
 from veriattn.trace import TRACE_VARIABLE, ProverFile, Span, Trace, summary
 from veriattn.verifier.launch import ChildProver
@@ -98,15 +98,27 @@ def synthetic_keys(c: ModelConfig, tokens: int, seed: int) -> tuple[I8, F32, I8]
 
 
 class _Timed:
-    """Operations with their times: how long attention took, and when the product with the vocabulary began."""
+    """Operations with their times: how long attention took, and when the product with the vocabulary began.
+
+    Layers that are done in one call stay so, and then nobody sees their attention; unless `apart` is set.
+    """
 
     def __init__(self, inner: Operations) -> None:
         self._inner = inner
-        self.attention_s = 0.0
+        self._fused = getattr(inner, "fused_layer", None)
+        self.apart = False
+        self.attention_s: float | None = 0.0
         self.head_began: float | None = None
 
     def reset(self) -> None:
         self.attention_s, self.head_began = 0.0, None
+
+    def fused_layer(self, ctx: StepContext, i: int, layer: LayerTensors, x: F32) -> F32 | None:
+        """See `FusedOperations`."""
+        whole: F32 | None = None if self._fused is None or self.apart else self._fused(ctx, i, layer, x)
+        if whole is not None:
+            self.attention_s = None
+        return whole
 
     def linear(self, name: str, a_i8: I8) -> I32:
         if name == "lm_head":
@@ -116,7 +128,8 @@ class _Timed:
     def attention(self, layer: int, batch: Batch, x: AttentionInput) -> tuple[I64, I32]:
         began = time.perf_counter()
         result = self._inner.attention(layer, batch, x)
-        self.attention_s += time.perf_counter() - began
+        if self.attention_s is not None:
+            self.attention_s += time.perf_counter() - began
         return result
 
 
@@ -173,7 +186,7 @@ def memory_bytes(process: int | str, field: str) -> int | None:
 class Setup:
     """What all strategies of a run share."""
 
-    prefill_chunk: int = 1024
+    prefill_chunk: int | None = None
     batch: int = 1
     attention_check: AttentionCheck = AttentionCheck.REPLAY
     prover_kv_tokens: int | None = None
@@ -209,6 +222,7 @@ class StrategyRunner:
 
     def __init__(self, strategy: Strategy, models: Models, setup: Setup) -> None:
         self._strategy, self._setup = strategy, setup
+        self._chunk = setup.prefill_chunk or _FILL
         self._memory = PeakMemory()
         self._trace = SwitchedTrace()
         self._file: ProverFile | None = None
@@ -245,7 +259,7 @@ class StrategyRunner:
         s = self._setup
         limited = self._flow is not Flow.UNVERIFIED
         return SessionConfig(
-            max_tokens_per_step=max(s.prefill_chunk, s.batch),
+            max_tokens_per_step=max(self._chunk, s.batch),
             attention_check=s.attention_check,
             prover_kv_tokens=s.prover_kv_tokens if limited else None,
             offload_ratio=s.offload_ratio,
@@ -313,7 +327,7 @@ class StrategyRunner:
         if self._flow is Flow.UNVERIFIED:
             limit = None
         run_to = 0 if self._flow is None else tokens if limit is None else min(tokens, limit)
-        chunk = self._setup.prefill_chunk
+        chunk = self._chunk
         while length < run_to:
             count = min(chunk, run_to - length)
             ids = token_ids(count, self.config.vocab_size, length)
@@ -362,6 +376,11 @@ class StrategyRunner:
         """See `Runner.peaks`."""
         pid = None if self.session is None else self.session.prover.pid
         return self._memory.bytes, None if pid is None else memory_bytes(pid, "VmHWM")
+
+    def apart(self, on: bool) -> None:
+        """Do layers operation by operation from now on, so that the time of attention is seen, or as it is done otherwise."""
+        if self._timed is not None:
+            self._timed.apart = on
 
     def close(self) -> None:
         """End the session and the prover."""
