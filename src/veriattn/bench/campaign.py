@@ -146,7 +146,8 @@ def _float_points(plan: Plan, config: ModelConfig, progress: Progress) -> list[P
             if strategy not in plan.strategies:
                 continue
             progress(f"{strategy} in floating point: reading the model, starting the prover")
-            runner = FloatRunner(strategy, path, plan.setup)
+            setup = dataclasses.replace(plan.setup, prefill_chunk=plan.chunk(strategy))
+            runner = FloatRunner(strategy, path, setup)
             try:
                 decoding = measure.Decoding(runner, 1, config.vocab_size)
                 for length in plan.lengths:

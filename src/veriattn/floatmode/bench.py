@@ -118,7 +118,7 @@ class FloatRunner:
         self._session = FloatSession(model, self._config, recording(self.residuals))
         self._ops = _Timed(self._session.ops)
         self._paper = Bytes(0, 0)
-        self._chunk = setup.prefill_chunk
+        self._chunk = setup.prefill_chunk or 1024
         self._base = self._moved()
 
     @property
