@@ -180,6 +180,14 @@ def test_the_prover_is_told_no_more_than_its_capacity(model: VerifierModel) -> N
             assert session._limits.kv_tokens == expected
 
 
+@pytest.mark.parametrize("flow", FLOWS, ids=lambda f: f.value)
+def test_a_capacity_beyond_all_bounds_is_none(model: VerifierModel, truth: Truth, flow: Flow) -> None:
+    config = settings(prover_kv_tokens=10**12, prover_kv_total=10**15)
+    session = Session(model, lambda m: ThreadProver(m.path), config, flow)
+    assert same(play(session, steps((300, 20), 300, 1)), truth((300, 20), 300, 1))
+    assert session.split is not None and session.split.stats.ratios == []
+
+
 def test_nothing_is_limited_where_nothing_is_shared(model: VerifierModel) -> None:
     with pytest.raises(UsageError, match="no keys outside"):
         Session(model, lambda m: ThreadProver(m.path), settings(prover_kv_tokens=4), Flow.UNVERIFIED)

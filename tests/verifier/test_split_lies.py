@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -403,6 +404,26 @@ def test_keys_of_a_freed_sequence(
         else:
             session.run(again)
     assert 0 in old
+
+
+@pytest.mark.parametrize("flow", FLOWS[:2], ids=lambda f: f.value)
+@pytest.mark.parametrize("slow", ["when it is sent keys", "when it is sent none", "every other time"])
+def test_a_prover_that_bends_the_times(model: VerifierModel, truth: list[F32], flow: Flow, slow: str) -> None:
+    """It chooses when to be late, so that other ratios look better than they are: the tokens are the same, p is in [0, 1]."""
+
+    def late(values: Array) -> Array:
+        streamed = values.shape[-1] > LIMIT
+        if {"when it is sent keys": streamed, "when it is sent none": not streamed}.get(slow, meddler.met % 2):
+            time.sleep(0.003)
+        return values
+
+    meddler = Meddler("layers.0.scores", late)
+    config = settings(prover_kv_tokens=LIMIT)
+    session = Session(model, lambda m: ThreadProver(m.path, meddler), config, flow)
+    assert same(play(session, steps(LENGTHS, CHUNK, 12))[: len(truth)], truth) and meddler.met > 12
+    assert session.split is not None
+    stats = session.split.stats
+    assert len(stats.ratios) == 13 and all(0 <= p <= 1 for p in (*stats.ratios, *stats.used[-1]))
 
 
 # --- interruptions ------------------------------------------------------------------------------------------------------

@@ -368,7 +368,8 @@ class Session:
             for e in batch.entries:
                 if e.seq_id not in self._split.limits:
                     left = None if total is None else max(0, total - given)
-                    new[e.seq_id] = min(v for v in (per, left) if v is not None)
+                    # No sequence has more, and the wire has no room for more.
+                    new[e.seq_id] = min(v for v in (per, left, self._limits.max_positions) if v is not None)
                     given += new[e.seq_id]
         if self.config.tee_memory_bytes is not None and self._checker is not None:
             limits = {} if self._split is None else {**self._split.limits, **new}
