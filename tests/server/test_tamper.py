@@ -18,7 +18,7 @@ class Zeros:
     def recv(self, kind: Kind, payload_bytes: int, out: Any = None) -> Any:
         return np.zeros(payload_bytes, np.uint8) if out is None else out
 
-    def recv_into(self, out: Any) -> None:
+    def recv_into(self, out: Any, timeout_s: float | None = None) -> None:
         pass
 
     def recv_all(self, kind: Kind, outs: Any) -> None:
