@@ -1,15 +1,19 @@
-"""`python -m benchmarks.floors [SHAPE]`: what the rooflines say about a machine that is not at hand: computed, nothing is run.
+"""`python -m benchmarks.floors [SHAPE [FILE]]`: what the rooflines say about a machine that is not at hand: nothing is run.
 
-One core of this machine is measured; the TEE of the table has 16 of them and 8 times its memory bandwidth. The prover is an
-accelerator by its data sheet, behind a bus of 15 GB/s. A floor counts no Python, no messages and no waiting: real times are
+One core of this machine is measured, or its rates are taken from FILE (what a run with --threads 1 --json printed). The TEE of
+the table has 16 such cores and 8 times the memory bandwidth of one; the prover is an accelerator by its data sheet, behind a
+bus of 15 GB/s. A floor counts no Python, no messages and no waiting: real times are
 longer, and ratios of floors are what a strategy could gain at most.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import sys
+from pathlib import Path
 
+from veriattn.bench.campaign import CHUNK, TSDP_CHUNK
 from veriattn.bench.rates import cpu_side, device_side, with_link
 from veriattn.bench.roofline import Floor, LinkRates, Rates, ScoreRates, SideRates, head_floor, layer_floor
 from veriattn.bench.shapes import shape
@@ -41,13 +45,24 @@ def many_cores(one: SideRates, cores: int = CORES, channels: int = CHANNELS) -> 
     )  # fmt: skip
 
 
+def measured_before(file: Path) -> SideRates:
+    """The TEE's rates of a run of one thread."""
+    rates = json.loads(file.read_text(encoding="utf-8").splitlines()[-1])["rates"]["tee"]
+    scores = {name: ScoreRates(**rates.pop(name)) for name in ("many", "one")}
+    return SideRates(**rates, **scores)
+
+
 def floors(c: ModelConfig, part: Part, r: Rates) -> dict[str, Floor]:
-    """All strategies on one prompt, or one token, of a single sequence. Limits concern those that share attention."""
+    """All strategies on one prompt in chunks, or on one token. Limits concern those that share attention."""
     found = {}
     for name, flow in FLOWS.items():
-        limited = part if flow in (Flow.RUN_AHEAD, Flow.VERIATTN, Flow.TSDP) else Part(part.start, part.tokens)
-        layer, _ = layer_floor(c, flow, [limited], r)
-        found[name] = layer * c.num_layers + head_floor(c, flow, 1, r)
+        limit = part.limit if flow in (Flow.RUN_AHEAD, Flow.VERIATTN, Flow.TSDP) else None
+        chunk = TSDP_CHUNK if flow is Flow.TSDP else CHUNK
+        total = head_floor(c, flow, 1, r)
+        for first in range(0, part.tokens, chunk):
+            piece = Part(part.start + first, min(chunk, part.tokens - first), limit, part.ratio)
+            total += layer_floor(c, flow, [piece], r)[0] * c.num_layers
+        found[name] = total
     return found
 
 
@@ -59,7 +74,7 @@ def best_ratio(c: ModelConfig, part: Part, r: Rates) -> float:
 
 def main() -> int:
     c = shape(sys.argv[1] if len(sys.argv) > 1 else "llama-8b")
-    tee = many_cores(cpu_side(c, 1))
+    tee = many_cores(cpu_side(c, 1) if len(sys.argv) < 3 else measured_before(Path(sys.argv[2])))
     r = with_link(Rates(tee, device_side(c, DEVICE), LinkRates(5e10, 5e10), CORES, None, CORES), Throttle(15))
     longest = Part(10_000, 1, limit=2000)
     points = {
