@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import secrets
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -44,6 +44,25 @@ def random_signs(size: int) -> Signs:
     return (1 - 2 * bits.astype(np.int8)).astype(np.int8)
 
 
+@dataclass(frozen=True, slots=True)
+class _Gather:
+    """A flat index over (heads, d), the same seen as (1, heads, d), and signs to multiply with afterwards."""
+
+    index: Index
+    one: Index
+    sign: npt.NDArray[np.signedinteger[Any]] | None
+    group: int
+
+    def take(self, x: Any) -> Any:
+        """Shapes: (tokens, heads, d) -> the same, fresh. A single token, as in decoding, is one gather."""
+        if x.shape[0] == 1:
+            return x.take(self.one)
+        return x.reshape(x.shape[0], -1).take(self.index, axis=1).reshape(x.shape)
+
+    def __repr__(self) -> str:
+        return "_Gather(secret)"
+
+
 class HeadPermutation:
     """x[..., head, i] -> sign[head, i] * x[..., head, order[head, i]], one row per KV head. Shapes: (kv_heads, d).
 
@@ -52,7 +71,7 @@ class HeadPermutation:
 
     def __init__(self, order: Index, sign: Signs | None = None) -> None:
         self.order, self.sign = order, sign
-        self._flat: dict[tuple[int, int, int], tuple[Index, Index, Signs | None]] = {}
+        self._gathers: dict[tuple[int, int], _Gather] = {}
 
     @classmethod
     def draw(cls, kv_heads: int, head_dim: int, *, signed: bool) -> HeadPermutation:
@@ -65,43 +84,55 @@ class HeadPermutation:
 
     def apply(self, x_i8: I8) -> I8:
         """Permute (tokens, heads, d), heads a multiple of the KV heads."""
-        tokens, heads, d = x_i8.shape
-        index, _, sign = self._indices(0, self.order.shape[0], heads // self.order.shape[0])
-        shown = x_i8.reshape(tokens, heads * d).take(index, axis=1)
-        if sign is not None:
-            shown *= sign
-        return shown.reshape(x_i8.shape)
+        known = self._gathers.get((-1, x_i8.shape[1]))
+        shown: I8 = (known or self._gather(-1, x_i8.shape[1], x_i8.shape[1] // self.order.shape[0])).take(x_i8)
+        if self.sign is not None:
+            shown *= self._signs(x_i8.shape[1])
+        return shown
 
     def restore(self, y_i64: I64, first_kv_head: int = 0, group: int = 1) -> I64:
         """Undo `apply` on claims (tokens, heads, d) of the heads of some KV heads from the given one on."""
-        tokens, heads, d = y_i64.shape
-        _, inverse, sign = self._indices(first_kv_head, heads // group, group)
-        flat = y_i64.reshape(tokens, heads * d)
-        if sign is not None:
-            flat = flat * sign
-        return flat.take(inverse, axis=1).reshape(y_i64.shape)
+        heads = y_i64.shape[1]
+        known = self._gathers.get((first_kv_head, heads))
+        gather = known if known is not None and known.group == group else self._gather(first_kv_head, heads, group)
+        restored: I64 = gather.take(y_i64)
+        if gather.sign is not None:
+            restored *= gather.sign
+        return restored
 
-    def _indices(self, first: int, count: int, group: int) -> tuple[Index, Index, Signs | None]:
-        """Flat gather index, its inverse, and signs in permuted order, for the heads of `count` KV heads from `first` on."""
-        known = self._flat.get((first, count, group))
-        if known is None:
-            rows = slice(first, first + count)
-            order = np.repeat(self.order[rows], group, axis=0)
-            index = (np.arange(order.shape[0])[:, None] * order.shape[1] + order).reshape(-1)
-            sign = None if self.sign is None else np.repeat(self.sign[rows], group, axis=0).reshape(-1)
-            known = self._flat[first, count, group] = (index, np.argsort(index), sign)
-        return known
+    def _signs(self, heads: int) -> npt.NDArray[np.signedinteger[Any]]:
+        sign = self._gathers[-1, heads].sign
+        if sign is None:
+            raise InternalError("a permutation without signs")
+        return sign
+
+    def _gather(self, first: int, heads: int, group: int) -> _Gather:
+        """Forward gather of all heads (first = -1), or the inverse one of the heads of some KV heads; kept for next time."""
+        start = max(first, 0)
+        rows = slice(start, start + heads // group)
+        order = np.repeat(self.order[rows], group, axis=0)
+        forward = (np.arange(heads)[:, None] * order.shape[1] + order).reshape(-1)
+        index = forward if first < 0 else np.argsort(forward)
+        sign: npt.NDArray[np.signedinteger[Any]] | None = None
+        if self.sign is not None:
+            sign = np.repeat(self.sign[rows], group, axis=0).reshape(-1)
+        if sign is not None and first >= 0:
+            sign = sign[index].astype(np.int64)  # as what it is multiplied with
+        shape = (1, heads, order.shape[1])
+        made = _Gather(index, index.reshape(shape), None if sign is None else sign.reshape(shape), group)
+        self._gathers[first, heads] = made
+        return made
 
     def destroy(self) -> None:
         """Overwrite the secrets."""
         self.order[...] = 0
         if self.sign is not None:
             self.sign[...] = 0
-        for arrays in self._flat.values():
-            for array in arrays:
-                if array is not None:
-                    array[...] = 0
-        self._flat.clear()
+        for gather in self._gathers.values():
+            gather.index[...] = 0
+            if gather.sign is not None:
+                gather.sign[...] = 0
+        self._gathers.clear()
 
 
 @dataclass
@@ -170,8 +201,8 @@ class Shield:
 
     def apply(self, layer: int, batch: Batch, x: AttentionInput) -> AttentionInput:
         """Operands as the prover may see them."""
-        if self.mode == "static":
-            shield = self._static[layer]
+        if self.mode == "static" or len(batch.entries) == 1:
+            shield = self.layer(layer, batch.entries[0].seq_id)
             return AttentionInput(
                 shield.qk.apply(x.q_i8), x.q_scale, shield.qk.apply(x.k_i8), x.k_scale, shield.v.apply(x.v_i8)
             )
