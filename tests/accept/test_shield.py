@@ -38,6 +38,7 @@ def test_the_same_tokens(arch: str, tmp_path: Path) -> None:
         )
     out = tmp_path / "out"
     out.mkdir()
+    out.chmod(0o777)
     expected = PublicModel(model, kernels).cached_values(ids[4], 0)
     for mode in ("off", "static", "session"):
         leak, _ = leak_of(model, ids[4], mode, 0, out)
