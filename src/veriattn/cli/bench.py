@@ -14,6 +14,7 @@ from typing import Any
 import click
 
 from veriattn import doctor
+from veriattn.bench import bars
 from veriattn.bench import kernels as kernel_bench
 from veriattn.bench import plot as pictures
 from veriattn.bench.campaign import Plan, run
@@ -30,6 +31,7 @@ from veriattn.bench.shapes import SHAPES
 from veriattn.cli.output import json_option, note, print_json
 from veriattn.engine.strategies import STRATEGIES, Strategy
 from veriattn.errors import UsageError
+from veriattn.home import resolve_model
 from veriattn.wire.emulate import Throttle
 from veriattn.wire.messages import AttentionCheck
 
@@ -150,17 +152,22 @@ def measuring_options(lengths: str) -> Callable[[Any], Any]:
 
 @bench.command()
 @click.option("--seconds", type=click.FloatRange(0, 3600), default=20.0, show_default=True, help="About how long.")
+@click.option("-m", "--model", metavar="MODEL", help="Also decode and read prompts with this model: verified and not.")
 @save_option
 @json_option
-def kernels(seconds: float, save_file: Path | None, as_json: bool) -> None:
+def kernels(seconds: float, model: str | None, save_file: Path | None, as_json: bool) -> None:
     """Native kernels on one core, beside memory bandwidth and multiplier of the same core.
 
     \b
     Example:
       veriattn bench kernels --seconds 10
+      veriattn bench kernels -m smollm2
     """
     note("measuring the kernels on one thread")
-    results = kernel_bench.run(seconds)
+    results = [*kernel_bench.run(seconds), bars.verifier_memory()]
+    if model is not None:
+        note("measuring whole runs, on all cores")
+        results += bars.whole_runs(resolve_model(model))
     if save_file is not None:
         save(save_file, _machine(), results)
     click.echo(table_of_lines(results))

@@ -23,6 +23,11 @@ from veriattn.wire.operations import AttendRequest, LinearRequest, LoadRequest, 
 from veriattn.wire.split import SplitRequest
 
 
+#: Up to this many tokens a step waits for memory rather than for the CPU: the verifier, who works at the same time and often
+#: on the same machine, makes more of the last core than one more thread here would.
+_BOUND_BY_MEMORY = 4
+
+
 class _ClaimingOperations:
     """`LocalOperations` whose results are claimed as they are made. Attention of `split` sequences is shared with the
     verifier, who holds their later keys."""
@@ -134,10 +139,18 @@ class CpuBackend:
         shared = frozenset() if split is None else split.seq_ids
         lengths = [e.start if e.seq_id in shared else self.length(e.seq_id) for e in batch.entries]
         check_batch(self.tensors, batch, lengths)
-        ops: Operations = self.operations
-        if sink is not None:
-            ops = _ClaimingOperations(self.operations, check, sink, split)
-        return forward(self.tensors, batch, ops, self._kernels)
+        if sink is None:
+            return forward(self.tensors, batch, self.operations, self._kernels)
+        ops: Operations = _ClaimingOperations(self.operations, check, sink, split)
+        threads = native_kernels.get_threads()
+        spare = threads > 1 and batch.num_tokens <= _BOUND_BY_MEMORY
+        if spare:
+            native_kernels.set_threads(threads - 1)
+        try:
+            return forward(self.tensors, batch, ops, self._kernels)
+        finally:
+            if spare:
+                native_kernels.set_threads(threads)
 
     def split(self, request: SplitRequest, sink: ClaimSink, shares: SplitProver) -> None:
         """See `Backend.split`. Raises: BadRequest."""
