@@ -22,7 +22,6 @@ from veriattn.wire.messages import AttentionCheck, BadRequest
 from veriattn.wire.operations import AttendRequest, LinearRequest, LoadRequest, Reply, WeightsRequest, row_tiles
 from veriattn.wire.split import SplitRequest
 
-
 #: Up to this many tokens a step waits for memory rather than for the CPU: the verifier, who works at the same time and often
 #: on the same machine, makes more of the last core than one more thread here would.
 _BOUND_BY_MEMORY = 4
