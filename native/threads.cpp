@@ -71,20 +71,18 @@ inline void relax() {
 #endif
 }
 
-// A step of a model is hundreds of short loops in a row, so workers that have just worked look out for the next loop
-// for a while before they sleep: a sleeper takes longer to wake than such a loop takes to run. They give the CPU away
-// as soon as anyone else wants it.
+// A step of a model is hundreds of short loops in a row, so threads look out for the next loop, or for the end of one, for
+// a moment before they sleep: waking takes longer than such a loop. Not for longer, and without giving the CPU away in
+// between: on a busy machine a thread that yields comes back a scheduler's period later, one that is woken at once.
 class Patience {
   public:
     // False once the time is up.
     bool wait() {
-        if (++rounds_ < 64) {
-            relax();
-            return true;
-        }
-        sched_yield();
-        if (rounds_ == 64) since_ = std::chrono::steady_clock::now();
-        return rounds_ % 16 || std::chrono::steady_clock::now() - since_ < std::chrono::microseconds(200);
+        relax();
+        if (++rounds_ % 32) return true;
+        const auto now = std::chrono::steady_clock::now();
+        if (rounds_ == 32) since_ = now;
+        return now - since_ < std::chrono::microseconds(60);
     }
 
   private:
@@ -95,12 +93,13 @@ class Patience {
 struct Pool {
     std::mutex use;  // held by the caller whose loop is running
     std::mutex m;    // of the sleepers
-    std::condition_variable wake;
+    std::condition_variable wake, done;
     // A worker counts itself active before it looks at `job`, and the caller takes `job` away before it looks at
     // `active`: either the worker finds nothing, or the caller waits for it. Hence sequential consistency.
     std::atomic<Job*> job{nullptr};
     std::atomic<uint64_t> generation{0};
     std::atomic<int> wanted{0}, active{0}, sleeping{0};
+    std::atomic<bool> awaited{false};  // the caller sleeps until nobody is active
     int workers = 0;
 
     bool called(int index, uint64_t seen) { return generation != seen && index < wanted && job != nullptr; }
@@ -122,7 +121,10 @@ struct Pool {
             seen = generation;
             Job* mine = job;
             if (mine && index < wanted) work(*mine);
-            active--;
+            if (--active == 0 && awaited) {
+                std::lock_guard<std::mutex> lock(m);
+                done.notify_all();
+            }
         }
     }
 
@@ -138,11 +140,13 @@ struct Pool {
 
     void finish() {
         job = nullptr;
-        for (unsigned i = 0; active != 0; i++) {
-            if (i < 1024)
-                relax();
-            else
-                sched_yield();
+        Patience patience;
+        while (active != 0) {
+            if (patience.wait()) continue;
+            std::unique_lock<std::mutex> lock(m);
+            awaited = true;
+            done.wait(lock, [&] { return active == 0; });
+            awaited = false;
         }
     }
 };
