@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
@@ -14,6 +15,15 @@ from veriattn.spec.forward import AttentionInput, Batch, StepContext
 from veriattn.spec.kv import PagedCache, attention_cache
 from veriattn.spec.model import LayerTensors, ModelConfig
 from veriattn.spec.reference import F32, I8, I32, I64
+
+
+@dataclass
+class _Fused:
+    """A layer as one call, and the weights that it was made of."""
+
+    names: list[str]
+    weights: list[Any]
+    run: Any
 
 
 class LocalOperations:
@@ -34,7 +44,8 @@ class LocalOperations:
         self._config = config
         self._weights = weights
         self._kernels = kernels
-        self._fused: dict[int, tuple[list[Any], Any]] = {}
+        self._make_layer = getattr(kernels, "local_layer", None)
+        self._fused: dict[int, _Fused] = {}
         self._caches: list[PagedCache] = [
             attention_cache(config.num_kv_heads, config.head_dim, max_pages) for _ in range(config.num_layers)
         ]
@@ -49,19 +60,25 @@ class LocalOperations:
     ) -> F32 | None:
         """See `FusedOperations`; `kernels` decides whether it has such a thing. claims: filled where given, in the order
         of the forward pass, also where NumericsError is raised."""
-        make = getattr(self._kernels, "local_layer", None)
+        make = self._make_layer
         if make is None or ctx.kernels is not self._kernels:
             return None
-        weights = [self._weights(f"layers.{i}.{part}") for part in ("qkv", "o", "gate_up", "down")]
-        kept = self._fused.get(i)
-        if kept is None or any(a is not b for a, b in zip(kept[0], weights, strict=True)):
-            kept = self._fused[i] = (weights, make(self._config, layer, weights))
+        get, kept = self._weights, self._fused.get(i)
+        if kept is None:
+            names = [f"layers.{i}.{part}" for part in ("qkv", "o", "gate_up", "down")]
+            kept = self._fused[i] = _Fused(names, [], None)
+        # A prover may be given other rows of a matrix (LOAD): then it has another object.
+        for name, weight in zip(kept.names, kept.weights or [None], strict=False):
+            if get(name) is not weight:
+                kept.weights = [get(n) for n in kept.names]
+                kept.run = make(self._config, layer, kept.weights)
+                break
         cache, tables = self._caches[i], []
         for entry in ctx.batch.entries:
             cache.extend(entry.seq_id, entry.num_tokens)
             tables.append(cache.table(entry.seq_id))
         a = cache.arrays
-        out: F32 = kept[1](x, ctx.cos, ctx.sin, ctx.batch.runs, tables, a["k"], a["k_scale"], a["v"], claims)
+        out: F32 = kept.run(x, ctx.cos, ctx.sin, ctx.batch.runs, tables, a["k"], a["k_scale"], a["v"], claims)
         return out
 
     def attention(self, layer: int, batch: Batch, x: AttentionInput) -> tuple[I64, I32]:
