@@ -64,6 +64,11 @@ class Batch:
         """(entries, 2): start and number of tokens of each entry."""
         return np.array([(e.start, e.num_tokens) for e in self.entries], dtype=np.int64)
 
+    @cached_property
+    def counts(self) -> list[tuple[int, int]]:
+        """Sequence and number of tokens of each entry."""
+        return [(e.seq_id, e.num_tokens) for e in self.entries]
+
     def token_ids(self) -> np.ndarray[tuple[int], np.dtype[np.int32]]:
         return np.array([t for e in self.entries for t in e.token_ids], dtype=np.int32)
 

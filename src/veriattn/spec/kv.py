@@ -87,6 +87,19 @@ class PagedCache:
             self._table_arrays.pop(seq_id, None)
         self._lengths[seq_id] = length
 
+    def extend_all(self, runs: list[tuple[int, int]]) -> list[np.ndarray[tuple[int], np.dtype[np.int32]]]:
+        """`extend` by (sequence, count) for each of `runs`; returns their block tables."""
+        out, lengths, kept = [], self._lengths, self._table_arrays
+        for seq_id, count in runs:
+            table, length = kept.get(seq_id), lengths.get(seq_id, 0) + count
+            if table is None or len(table) * PAGE < length:
+                self.extend(seq_id, count)
+                table = self.table(seq_id)
+            else:
+                lengths[seq_id] = length
+            out.append(table)
+        return out
+
     def head_table(self, seq_id: int, kv_head: int) -> np.ndarray[tuple[int], np.dtype[np.int32]]:
         """Block table of one KV head in `head_arrays`."""
         return self.table(seq_id) * np.int32(self._kv_heads) + np.int32(kv_head)

@@ -73,10 +73,8 @@ class LocalOperations:
                 kept.weights = [get(n) for n in kept.names]
                 kept.run = make(self._config, layer, kept.weights)
                 break
-        cache, tables = self._caches[i], []
-        for entry in ctx.batch.entries:
-            cache.extend(entry.seq_id, entry.num_tokens)
-            tables.append(cache.table(entry.seq_id))
+        cache = self._caches[i]
+        tables = cache.extend_all(ctx.batch.counts)
         a = cache.arrays
         out: F32 = kept.run(x, ctx.cos, ctx.sin, ctx.batch.runs, tables, a["k"], a["k_scale"], a["v"], claims)
         return out

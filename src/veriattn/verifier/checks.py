@@ -206,10 +206,8 @@ class ClaimChecker:
         checked = self._checked.get(i)
         if checked is None:
             checked = self._checked[i] = CheckedLayer(self.config, tensors, [self.keys.linear(n) for n in names], w)
-        cache, tables, batch = self.cache.layer(i), [], ctx.batch
-        for entry in batch.entries:
-            cache.extend(entry.seq_id, entry.num_tokens)
-            tables.append(cache.table(entry.seq_id))
+        cache, batch = self.cache.layer(i), ctx.batch
+        tables = cache.extend_all(batch.counts)
         a, rows = cache.arrays, x.shape[0]
         ok = np.ones(rows, np.uint8)
         out, found, row, head = checked.run(
