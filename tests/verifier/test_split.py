@@ -102,8 +102,13 @@ def test_the_same_bits_for_every_tile_of_rows(
 
     monkeypatch.setattr(verifier_split.SplitAttention, "_receive", note)
     config = settings(prover_kv_tokens=40, offload_ratio=0.7)
-    got = play(Session(model, lambda m: ThreadProver(m.path), config, flow), steps((640, 64), 320, 1))
-    assert same(got, truth((640, 64), 320, 1))
+    session = Session(model, lambda m: ThreadProver(m.path), config, flow)
+    assert same(play(session, steps((640, 64), 320, 1)), truth((640, 64), 320, 1))
+    # Keys are counted once a run: three of the first sequence beyond the limit, two of the second.
+    assert session.split is not None
+    stats = session.split.stats
+    assert stats.prover_tokens == 5 * 40
+    assert stats.prover_tokens + stats.streamed_tokens + stats.tee_tokens == 320 + 640 + 641 + 64 + 65
     assert max(sizes) <= verifier_split.SCORE_BYTES
     assert len(sizes) > (500 if rows == 1 else 12)
 

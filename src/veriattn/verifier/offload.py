@@ -21,7 +21,7 @@ _T = TypeVar("_T")
 RUNGS = 16
 #: Rungs that are tried first, and again from time to time.
 COARSE = (8, 0, 4, 12, 16)
-#: Distances from the best rung that are tried after that: the best p may lie between two coarse ones.
+#: Distances from the best rung, and from the best but 0, that are tried after that: the best p may lie between coarse ones.
 NEAR = (2, -2, 1, -1)
 #: Weight of the newest measurement in the average cost of the best rung.
 BLEND = 0.4
@@ -107,7 +107,9 @@ class Controller:
             # Within the margin the one in place stays; but of others, the cheapest replaces it.
             if cost is not None and (current is None or cost < current * (1 - GAIN if best == self.best else 1)):
                 best = rung
-        near = [best + n for n in NEAR if 0 <= best + n <= RUNGS]
+        # Nothing streamed may be cheaper than every coarse rung, and still not than the best of those between them.
+        streaming = min(range(1, RUNGS + 1), key=lambda r: math.inf if (cost := self.costs[r]) is None else cost)
+        near = [r for at in dict.fromkeys((best, streaming)) for n in NEAR if 0 <= (r := at + n) <= RUNGS]
         for rung in (*COARSE, *near):
             if self.costs[rung] is None:
                 return replace(self, best=best, rung=rung, last_trial=self.count)

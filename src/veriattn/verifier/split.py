@@ -169,6 +169,7 @@ class SplitAttention:
         self._controllers = {True: Controller(), False: Controller()}
         self._decoding = True
         self._used: list[float] = []
+        self._counting = False
         self._positions: dict[int, U64] = {}
 
     def limit(self, seq_id: int) -> int | None:
@@ -246,6 +247,7 @@ class SplitAttention:
             for tile, to in self._tiles(entry, at.start):
                 part = AttentionInput(x.q_i8[to], x.q_scale[to], x.k_i8[to], x.k_scale[to], x.v_i8[to])
                 share = self._weigh if self._by_weights else self._share
+                self._counting = layer == self._first_layer and to.stop == at.stop  # once a run, whatever its tiles
                 o[to], row_sum[to] = share(layer, tile, part, mediated)
                 work += tile.num_tokens * (tile.start + tile.num_tokens - self.limits[tile.seq_id])
         self._sender.flush()
@@ -309,11 +311,11 @@ class SplitAttention:
             claimed_o = self._restored(layer, entry, claimed_o)
             checker.outputs(layer, entry.seq_id, entry.start, claimed_o, pg)
             o, own_sum = o + claimed_o, own_sum + row_sum
-        self._account(layer, entry, limit, streamed)
+        self._account(entry, limit, streamed)
         return o, own_sum
 
-    def _account(self, layer: int, entry: BatchEntry, limit: int, streamed: int) -> None:
-        if layer == self._first_layer:
+    def _account(self, entry: BatchEntry, limit: int, streamed: int) -> None:
+        if self._counting:
             self.stats.prover_tokens += limit
             self.stats.streamed_tokens += streamed
             self.stats.tee_tokens += entry.start + entry.num_tokens - limit - streamed
@@ -344,7 +346,7 @@ class SplitAttention:
         for at, count, a, table in segments:
             share_projection_into(pg, p_u16, at, count, a["g"], table)
         self._checker.outputs(layer, entry.seq_id, entry.start, claimed_o, pg)
-        self._account(layer, entry, limit, streamed)
+        self._account(entry, limit, streamed)
         return claimed_o, share_sums(p_u16)
 
     def _check_scores(
