@@ -157,7 +157,8 @@ def _models() -> list[str]:
 def _paths(gpu: dict[str, Any], tee: dict[str, Any], isolation: dict[str, Any], sealing: bool) -> dict[str, str]:
     fast = {"amx", "vnni", "avx512_vnni", "avx_vnni", "avx512vnni", "avxvnni", "amx_int8"} & set(cpu_features())
     return {
-        "prover": "cpu process of its own" + (" (a GPU is present)" if gpu["devices"] or gpu["device_files"] else ""),
+        "prover": "cpu process of its own"
+        + (" (a GPU is present: --device cuda)" if gpu["devices"] or gpu["device_files"] else ""),
         "link": "rings in a sealed memfd" if sealing else "none",
         "attention check": "replay" + ("" if fast else " (no VNNI or AMX here: consider --attention-check transfer)"),
         "trust": "attestable" if tee["kind"] else "this machine itself: without a TEE, trust ends at whoever runs it",

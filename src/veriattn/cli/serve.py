@@ -43,6 +43,7 @@ def _words(command: str | None) -> list[str] | None:
 @click.option("--served-name", metavar="NAME", help="The model's name for clients.  [default: its directory's]")
 @click.option("--api-keys", metavar="FILE", help="Who may use it (`veriattn api-key` makes entries).")
 @click.option("--strategy", help="Where the work is done.  [default: run-ahead]")
+@click.option("--device", help="Where the prover runs, cpu or cuda.  [default: cpu]")
 @click.option("--prover-command", metavar="CMD", help="Another program as the prover (docs/wire.md).")
 @click.option("--digest", metavar="SHA256", help="Refuse a model of another digest.")
 @click.option("--demo", is_flag=True, help="The page gets a switch that makes the prover lie.")
@@ -77,6 +78,7 @@ def serve(model: str, config: Path | None, as_json: bool, **options: Any) -> int
             "keys_file": options["api_keys"],
             "demo": options["demo"] or None,
             "engine.strategy": options["strategy"],
+            "engine.device": options["device"],
             "engine.prover_command": _words(options["prover_command"]),
             "engine.expected_digest": digest,
         },

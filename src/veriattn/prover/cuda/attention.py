@@ -86,7 +86,7 @@ def block_rows(rows: int, group: int) -> int:
     """Rows (times heads of a group) of one tile for runs of at most `rows` rows."""
     if interpreted():
         return next_power_of_two(max(16, min(256, rows * group)))
-    return 128 if rows * group > 64 else next_power_of_two(max(16, rows * group))
+    return min(64, next_power_of_two(max(16, rows * group)))
 
 
 @triton.jit
@@ -103,20 +103,23 @@ def _run(runs_ptr, tiles_ptr):
 def _key_tile(k_ptr, page, kv_heads, kv, place, PAGE: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr):
     """Keys as (D_PAD, keys)."""
     i = tl.arange(0, D_PAD)[:, None]
-    at = ((page.to(tl.int64) * kv_heads + kv) * PAGE + place)[None, :] * D + i
+    # One wide number for the page, narrow ones inside of it.
+    base = k_ptr + (page.to(tl.int64) * kv_heads + kv) * (PAGE * D)
+    at = place[None, :] * D + i
     if D == D_PAD:
-        return tl.load(k_ptr + at)
-    return tl.load(k_ptr + at, mask=i < D, other=0)
+        return tl.load(base + at)
+    return tl.load(base + at, mask=i < D, other=0)
 
 
 @triton.jit
 def _value_tile(v_ptr, page, kv_heads, kv, place, PAGE: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr):
     """Values as (keys, D_PAD), contiguous along the keys."""
     i = tl.arange(0, D_PAD)[None, :]
-    at = ((page.to(tl.int64) * kv_heads + kv) * D + i) * PAGE + place[:, None]
+    base = v_ptr + (page.to(tl.int64) * kv_heads + kv) * (PAGE * D)
+    at = i * PAGE + place[:, None]
     if D == D_PAD:
-        return tl.load(v_ptr + at)
-    return tl.load(v_ptr + at, mask=i < D, other=0)
+        return tl.load(base + at)
+    return tl.load(base + at, mask=i < D, other=0)
 
 
 @triton.jit
@@ -158,7 +161,7 @@ def prefill_kernel(
     m = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     for key in range(0, keys, BLOCK_N):
         page = tl.load(tables_ptr + table + key // PAGE)
-        place = key % PAGE + tl.arange(0, BLOCK_N)
+        place = tl.multiple_of(key % PAGE, BLOCK_N) + tl.arange(0, BLOCK_N)
         k_scale = tl.load(k_scale_ptr + (page.to(tl.int64) * kv_heads + kv) * PAGE + place)
         s = tl.dot(q, _key_tile(k_ptr, page, kv_heads, kv, place, PAGE, D, D_PAD), out_dtype=tl.int32)
         t = s.to(tl.float32) * k_scale[None, :]
@@ -169,7 +172,7 @@ def prefill_kernel(
     total = tl.zeros((BLOCK_M,), tl.int32)
     for key in range(0, keys, BLOCK_N):
         page = tl.load(tables_ptr + table + key // PAGE)
-        place = key % PAGE + tl.arange(0, BLOCK_N)
+        place = tl.multiple_of(key % PAGE, BLOCK_N) + tl.arange(0, BLOCK_N)
         k_scale = tl.load(k_scale_ptr + (page.to(tl.int64) * kv_heads + kv) * PAGE + place)
         s = tl.dot(q, _key_tile(k_ptr, page, kv_heads, kv, place, PAGE, D, D_PAD), out_dtype=tl.int32)
         t = s.to(tl.float32) * k_scale[None, :]
@@ -221,7 +224,7 @@ def scores_kernel(
     to = scores_ptr + scores_at + (head.to(tl.int64) * rows + token)[:, None] * keys
     for key in range(begin, tl.minimum(begin + PAGE, keys), BLOCK_N):
         page = tl.load(tables_ptr + table + tl.program_id(2))
-        place = key % PAGE + tl.arange(0, BLOCK_N)
+        place = tl.multiple_of(key % PAGE, BLOCK_N) + tl.arange(0, BLOCK_N)
         s = tl.dot(q, _key_tile(k_ptr, page, kv_heads, kv, place, PAGE, D, D_PAD), out_dtype=tl.int32)
         column = key + tl.arange(0, BLOCK_N)
         tl.store(to + column[None, :], s, mask=valid[:, None] & (column < keys)[None, :])
@@ -279,7 +282,7 @@ def values_kernel(
         m = nm.unordered(tl.load(top_ptr + at_head, mask=valid, other=0))[:, None]
     for key in range(begin, tl.minimum(begin + PAGE, keys), BLOCK_N):
         page = tl.load(tables_ptr + table + tl.program_id(2))
-        place = key % PAGE + tl.arange(0, BLOCK_N)
+        place = tl.multiple_of(key % PAGE, BLOCK_N) + tl.arange(0, BLOCK_N)
         column = key + tl.arange(0, BLOCK_N)
         inside = valid[:, None] & (column < keys)[None, :]
         if GIVEN:
@@ -323,6 +326,11 @@ class Shape:
         return next_power_of_two(max(32, self.d))
 
 
+def _warps(plan: DevicePlan) -> int:
+    """Two int32 accumulators of 64 rows do not fit the registers of four warps; 128 rows do not fit those of eight."""
+    return 8 if plan.block_m > 32 else 4
+
+
 class Attention:
     """The three kernels with one choice of the exponential. `table` (64,) int32 is LUT15; `by_table` reads it
     instead of exp2."""
@@ -348,7 +356,7 @@ class Attention:
             prefill_kernel, (plan.tiles.shape[0], shape.num_kv), q_i8, q_scale, pages.k, pages.k_scale, pages.v,
             plan.runs, plan.tables, plan.tiles, o_i64, l_i32, self._table, shape.heads, shape.cache_kv_heads, shape.first_kv,
             **self._constants(shape, pages, plan), TABLE=self.by_table,
-            num_warps=8 if plan.block_m > 64 else 4, num_stages=stages,
+            num_warps=_warps(plan), num_stages=stages,
         )  # fmt: skip
 
     def scores(
@@ -368,6 +376,7 @@ class Attention:
             scores_kernel, self._grid(shape, pages, plan), q_i8, pages.k, pages.k_scale, plan.runs, plan.tables, plan.tiles,
             scores_i32, scores_i32 if top_u32 is None else top_u32, shape.heads, shape.cache_kv_heads, shape.first_kv,
             **self._constants(shape, pages, plan), MAXIMA=top_u32 is not None,
+            num_warps=_warps(plan),
         )  # fmt: skip
 
     def values(
@@ -389,7 +398,7 @@ class Attention:
             values_kernel, self._grid(shape, pages, plan), scores_i32, scores_i32, q_scale, pages.k_scale, pages.v, top_u32,
             plan.runs, plan.tables, plan.tiles, o_i64, l_i32, self._table, shape.heads, shape.cache_kv_heads, shape.first_kv,
             **self._constants(shape, pages, plan), GIVEN=False, CAUSAL=causal, TABLE=self.by_table,
-            num_stages=1 if self.by_table else 2,
+            num_warps=_warps(plan), num_stages=1 if self.by_table else 2,
         )  # fmt: skip
 
     def weighted_values(
@@ -407,7 +416,7 @@ class Attention:
         launch(
             values_kernel, self._grid(shape, pages, plan), p, p, pages.k_scale, pages.k_scale, pages.v, l_i32,
             plan.runs, plan.tables, plan.tiles, o_i64, l_i32, self._table, shape.heads, shape.cache_kv_heads, shape.first_kv,
-            **self._constants(shape, pages, plan), GIVEN=True, CAUSAL=False, TABLE=False,
+            **self._constants(shape, pages, plan), GIVEN=True, CAUSAL=False, TABLE=False, num_warps=_warps(plan),
         )  # fmt: skip
 
     @staticmethod
