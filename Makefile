@@ -76,7 +76,7 @@ test-gpu:
 	@$(GPU_PYTHON) -c 'import torch, triton; raise SystemExit(not torch.cuda.is_available())' \
 		|| { echo 'error: $(GPU_PYTHON) needs a CUDA GPU, torch with CUDA, and triton' >&2; exit 1; }
 	PATH="$$(dirname $$(command -v $(GPU_PYTHON))):$$PATH" $(GPU_PYTHON) tools/build_native.py
-	PYTHONPATH=src $(GPU_PYTHON) -m pytest -q $(PYTEST_ARGS) tests/gpu
+	PYTHONPATH="src$${PYTHONPATH:+:$$PYTHONPATH}" $(GPU_PYTHON) -m pytest -q $(PYTEST_ARGS) tests/gpu
 
 test-browser: $(VENV)/.browser
 	$(BIN)/python $(PYTEST) tests/browser

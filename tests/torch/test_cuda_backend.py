@@ -37,6 +37,13 @@ def test_run_ahead(pair: backends.Pair) -> None:
     backends.check_steps(pair, 240)
 
 
+def test_more_layers_than_slots(make_model: Maker) -> None:
+    """Slots are used again while earlier claims are on their way."""
+    pair = backends.Pair(make_model(num_layers=5), "cpu")
+    pair.step(AttentionCheck.REPLAY, BatchEntry(1, 0, (5, 6, 7), "all"))
+    pair.step(AttentionCheck.TRANSFER, BatchEntry(1, 3, (8,), "last"))
+
+
 def test_greedy_answers(pair: backends.Pair) -> None:
     assert len(set(backends.check_greedy(pair, 6, 5))) > 1
 
