@@ -70,17 +70,10 @@ class _ClaimingOperations:
         shares = self._split.shares
         for entry, at in zip(batch.entries, batch.slices(), strict=True):
             if entry.seq_id in self._split.seq_ids:
-                # The verifier cuts a long run into tiles of rows, each an exchange of its own.
-                done = at.start
-                while done < at.stop:
-                    request = shares.request()
-                    tile = slice(done, done + request.rows)
-                    if (request.seq_id, request.layer) != (entry.seq_id, layer) or tile.stop > at.stop:
-                        raise BadRequest("SPLIT is for another sequence, layer or number of rows")
+                for request, tile in shares.exchanges(entry.seq_id, layer, at):
                     ours = shares.answer(request, self._local, x.q_i8[tile], x.q_scale[tile], self._sink)
                     theirs = shares.other_share(request.rows)
                     o[tile], row_sum[tile] = ours[0] + theirs[0], ours[1] + theirs[1]
-                    done = tile.stop
         return o, row_sum
 
     def _whole(self, layer: int, batch: Batch, x: AttentionInput) -> tuple[I64, I32]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -142,6 +143,20 @@ class SplitProver:
     def request(self) -> SplitRequest:
         """The next message, which must be a SPLIT."""
         return decode_split(self._receive(Kind.SPLIT), self._config, self._limits)
+
+    def exchanges(self, seq_id: int, layer: int, rows: slice) -> Iterator[tuple[SplitRequest, slice]]:
+        """The SPLITs of one run, which the verifier cuts into as many exchanges as it likes, and the rows of each.
+
+        rows: of the run, in the batch. Raises: BadRequest for another sequence, layer or more rows.
+        """
+        done = rows.start
+        while done < rows.stop:
+            request = self.request()
+            tile = slice(done, done + request.rows)
+            if (request.seq_id, request.layer) != (seq_id, layer) or tile.stop > rows.stop:
+                raise BadRequest("SPLIT is for another sequence, layer or number of rows")
+            yield request, tile
+            done = tile.stop
 
     def answer(
         self, request: SplitRequest, local: LocalOperations, q_i8: I8, q_scale: F32, sink: ClaimSink

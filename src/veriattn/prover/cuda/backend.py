@@ -165,13 +165,11 @@ class CudaBackend:
         for e, at in zip(batch.entries, batch.slices(), strict=True):
             if e.seq_id not in split.seq_ids:
                 continue
-            request = split.shares.request()
-            if (request.seq_id, request.layer, request.rows) != (e.seq_id, i, e.num_tokens):
-                raise BadRequest("SPLIT is for another sequence, layer or number of rows")
-            ours = split.shares.exchange(request, self._shares, q[at], q_scale[at], sink)
-            theirs = split.shares.other_share(e.num_tokens)
-            o_sums[at].copy_(torch.from_numpy(ours[0] + theirs[0]))
-            row_sums[at].copy_(torch.from_numpy(ours[1] + theirs[1]))
+            for request, tile in split.shares.exchanges(e.seq_id, i, at):
+                ours = split.shares.exchange(request, self._shares, q[tile], q_scale[tile], sink)
+                theirs = split.shares.other_share(request.rows)
+                o_sums[tile].copy_(torch.from_numpy(ours[0] + theirs[0]))
+                row_sums[tile].copy_(torch.from_numpy(ours[1] + theirs[1]))
 
     def _send(self, name: str, values: torch.Tensor, sink: ClaimSink) -> None:
         """One claim at once, after everything before it."""
