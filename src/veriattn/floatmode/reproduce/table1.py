@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
 from typing import Any
@@ -12,9 +13,9 @@ from veriattn.convert.checkpoint import F32
 from veriattn.floatmode.checks import generator, gvfa_residual, lp_worst
 from veriattn.floatmode.engine import FloatModel
 from veriattn.floatmode.params import CheckParams, Format
-from veriattn.floatmode.reproduce.heads import Head, capture, claims, synthetic
+from veriattn.floatmode.reproduce.heads import Claims, Head, capture, claims, synthetic
 from veriattn.floatmode.reproduce.prompts import token_ids
-from veriattn.floatmode.trusted import AttentionSecrets, project, with_ones
+from veriattn.floatmode.trusted import AttentionSecrets, TileClaim, project, with_ones
 
 #: As printed in the paper (Qwen3-14B, TEE with 16 vCPU): seconds, check and recompute.
 PUBLISHED = {
@@ -35,6 +36,7 @@ KV_HEADS, GROUP, DIM = 8, 5, 128
 PREFILL, DECODE = 2048, 8192
 TRIAL_TOKENS, TILE = 256, 16
 CHECK_TILE = 64
+Rng = np.random.Generator
 
 
 def best(work: Callable[[], object], repeats: int = 5) -> float:
@@ -141,69 +143,69 @@ def times() -> dict[str, dict[str, float]]:
     return out
 
 
-def residuals(
-    head: Head, lo: int, hi: int, formats: tuple[Format, Format], fault: str, rng: Any
-) -> tuple[float, float]:
-    """Residuals of both checks, with fresh secrets, after the fault: `none`, `exp` or `EV`.
-
-    The fault is the paper's: x' = x +- 0.01 max(1, |x|) in one element that a row sees.
-    """
-    params = CheckParams()
-    c = claims(head, lo, hi, *formats)
-    if fault != "none":
-        x = c.tile.e if fault == "exp" else c.u
-        row = int(rng.integers(x.shape[1] if fault == "exp" else x.shape[0]))
-        at = (int(rng.integers(c.tile.visible[row])), row) if fault == "exp" else (row, int(rng.integers(x.shape[1])))
-        x[at] += np.float32(rng.choice((-0.01, 0.01)) * max(1.0, abs(float(x[at]))))
+def residuals(c: Claims, head: Head, lo: int, hi: int, params: CheckParams, rng: Rng) -> dict[str, float]:
+    """Residuals of both checks on claims for tokens [lo, hi), with fresh secrets."""
     secrets = AttentionSecrets.draw(rng, head.k[:hi], head.v[:hi], lo, params)
     worst = max(lp_worst(r, rng, params.tau_g) for r in secrets.residuals(c.tile, head.k.shape[1] ** -0.5))
-    return worst, gvfa_residual(c.u, secrets.w, secrets.outputs(c.tile)[:, :-1])
+    return {"exp": worst, "EV": gvfa_residual(c.u, secrets.w, secrets.outputs(c.tile)[:, :-1])}
+
+
+def faulty(c: Claims, where: str, rng: Rng) -> Claims:
+    """The paper's fault, x' = x +- 0.01 max(1, |x|), in one element of E that a row sees, or of U."""
+    tile = TileClaim(np.array(c.tile.e), c.tile.shift, c.tile.q, c.tile.visible)
+    x, u = tile.e, np.array(c.u)
+    if where == "exp":
+        row = int(rng.integers(x.shape[1]))
+        at = int(rng.integers(tile.visible[row])), row
+    else:
+        x, at = u, (int(rng.integers(u.shape[0])), int(rng.integers(u.shape[1])))
+    x[at] += np.float32(rng.choice((-0.01, 0.01)) * max(1.0, abs(float(x[at]))))
+    return Claims(tile, u)
 
 
 def trials(heads: list[Head], formats: tuple[Format, Format], count: int) -> dict[str, dict[str, Any]]:
-    """Detections among faulty claims and rejects among clean ones, per cell; tolerances per layer."""
+    """Detections among faulty claims and rejects among clean ones, per cell.
+
+    Tolerances per layer: the factor times the largest residual of as many clean runs as calibration has. A clean claim
+    serves both checks, and its faulty twins have secrets of their own.
+    """
     rng, params = generator(), CheckParams()
     local = [head.in_format(formats[0]) for head in heads]
     tokens = local[0].tokens
     out: dict[str, dict[str, Any]] = {}
-    for stage in ("prefill", "decode"):
-
-        def place(stage: str = stage) -> tuple[Head, int, int]:
-            head = local[int(rng.integers(len(local)))]
-            if stage == "prefill":
-                lo = TILE * int(rng.integers(tokens // TILE))
-                return head, lo, lo + TILE
-            hi = int(rng.integers(tokens // 2, tokens + 1))
-            return head, hi - 1, hi
-
-        tolerance: dict[tuple[str, int], float] = {}
+    for stage, rows in (("prefill", TILE), ("decode", 1)):
+        limits: dict[tuple[str, int], float] = {}
         hopeless = 0
-        for _ in range(params.calibration_runs):
-            for head in local:
-                spans = range(0, tokens, TILE) if stage == "prefill" else range(tokens // 2, tokens, TILE)
-                for lo in spans:
-                    hi = lo + (TILE if stage == "prefill" else 1)
-                    for name, r in zip(("exp", "EV"), residuals(head, lo, hi, formats, "none", rng), strict=True):
-                        key = name, head.layer
+        for head in local:
+            for lo in range(0, tokens, TILE) if stage == "prefill" else range(tokens // 2, tokens, TILE):
+                c = claims(head, lo, lo + rows, *formats)
+                for _ in range(params.calibration_runs):
+                    for name, r in residuals(c, head, lo, lo + rows, params, rng).items():
                         if np.isfinite(r):
-                            tolerance[key] = max(tolerance.get(key, 0.0), params.factor * r)
+                            limits[name, head.layer] = max(limits.get((name, head.layer), 0.0), params.factor * r)
                         else:
                             hopeless += 1
+        caught, rejected = {"exp": 0, "EV": 0}, {"exp": 0, "EV": 0}
+        for _ in range(count):
+            head = local[int(rng.integers(len(local)))]
+            lo = (
+                TILE * int(rng.integers(tokens // TILE))
+                if stage == "prefill"
+                else int(rng.integers(tokens // 2, tokens))
+            )
+            c = claims(head, lo, lo + rows, *formats)
+            clean = residuals(c, head, lo, lo + rows, params, rng)
+            for name in ("exp", "EV"):
+                limit = limits.get((name, head.layer), 0.0)
+                rejected[name] += not clean[name] <= limit
+                found = residuals(faulty(c, name, rng), head, lo, lo + rows, params, rng)
+                caught[name] += not found[name] <= limit
         for name in ("exp", "EV"):
-            index = ("exp", "EV").index(name)
-            caught = rejected = 0
-            for _ in range(count):
-                head, lo, hi = place()
-                limit = tolerance.get((name, head.layer), 0.0)
-                caught += not residuals(head, lo, hi, formats, name, rng)[index] <= limit
-                head, lo, hi = place()
-                limit = tolerance.get((name, head.layer), 0.0)
-                rejected += not residuals(head, lo, hi, formats, "none", rng)[index] <= limit
-            limits = [v for (kind, _), v in tolerance.items() if kind == name]
+            of_kind = [v for (kind, _), v in limits.items() if kind == name]
             out[f"{stage} {name}"] = {
-                "faulty": count, "detected": caught, "clean": count, "false_rejects": rejected,
-                "tolerance_median": float(np.median(limits)) if limits else None,
-                "tolerance_largest": max(limits, default=None),
+                "faulty": count, "detected": caught[name], "clean": count, "false_rejects": rejected[name],
+                "tolerance_median": float(np.median(of_kind)) if of_kind else None,
+                "tolerance_largest": max(of_kind, default=None),
                 "unusable_in_calibration": hopeless if name == "exp" else 0,
             }  # fmt: skip
     return out
@@ -213,6 +215,7 @@ def measure(model: FloatModel, text: str, count: int, note: Callable[[str], None
     """Times at Qwen3-14B's attention, one layer; trials on activations of the model, every other layer."""
     note("times of prefill and decode")
     seconds = times()
+    note(json.dumps(seconds))
     heads = capture(model, token_ids(model, text, TRIAL_TOKENS)[:TRIAL_TOKENS])
     kv = model.config.num_kv_heads
     some = [heads[layer * kv + layer % kv] for layer in range(0, model.config.num_layers, 2)]
@@ -221,6 +224,7 @@ def measure(model: FloatModel, text: str, count: int, note: Callable[[str], None
         name = formats[0] if formats[0] == formats[1] else f"{formats[0]}, E in {formats[1]}"
         note(f"trials in {name}")
         detection[name] = trials(some, formats, count)
+        note(json.dumps({name: detection[name]}))
     return {
         "shape": {
             "kv_heads": KV_HEADS,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -65,6 +66,7 @@ def measure(model: FloatModel, text: str, note: Callable[[str], None]) -> dict[s
             "tokens": len(differences), "top1": same / len(differences), "largest_difference": max(differences),
             "median_difference": float(np.median(differences)), "checks": checks, "false_rejects": rejected,
         }  # fmt: skip
+        note(json.dumps({fmt: formats[fmt]}))
     return {"model_digest": model.source.digest(), "formats": formats, "published": PUBLISHED}
 
 
