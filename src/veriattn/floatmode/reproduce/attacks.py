@@ -297,6 +297,6 @@ def plot(data: dict[str, Any], figure: Any) -> None:
     for i, (key, label) in enumerate((("head", "last claim alone"), ("all", "every layer"))):
         right.bar(at - 0.2 + 0.4 * i, [data["formats"][n]["steer"][key]["flipped"] for n in names], 0.4, label=label)
     right.set_ylabel("tokens turned unnoticed")
-    right.legend(frameon=False)
+    right.legend(frameon=False, loc="upper right")
     for axes in (left, right):
         axes.set_xticks(at, [n.replace(", ", "\n") for n in names], fontsize=7)

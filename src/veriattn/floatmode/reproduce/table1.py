@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from veriattn.convert.checkpoint import F32
-from veriattn.floatmode.checks import generator, gvfa_residual, lp_worst
+from veriattn.floatmode.checks import coefficients, generator, gvfa_residual, lp_worst
 from veriattn.floatmode.engine import FloatModel
 from veriattn.floatmode.params import CheckParams, Format
 from veriattn.floatmode.reproduce.heads import Claims, Head, capture, claims, synthetic
@@ -107,7 +107,7 @@ def _decode() -> dict[str, dict[str, float]]:
     def check_weights(fresh: bool) -> None:
         for s, c, head in zip(secrets, made, heads, strict=True):
             if fresh:
-                used = AttentionSecrets.draw(rng, head.k, head.v, last, params)
+                used = AttentionSecrets.of(coefficients(rng, DECODE, params), s.w, head.k, s.projected, last)
             else:  # running sums: the new key is added, O(d)
                 used = s
                 _ = s.prefix[:, 0] + s.a[:, last:].astype(np.float64) * head.k[last]
@@ -166,15 +166,15 @@ def faulty(c: Claims, where: str, rng: Rng) -> Claims:
 def trials(heads: list[Head], formats: tuple[Format, Format], count: int) -> dict[str, dict[str, Any]]:
     """Detections among faulty claims and rejects among clean ones, per cell.
 
-    Tolerances per layer: the factor times the largest residual of as many clean runs as calibration has. A clean claim
-    serves both checks, and its faulty twins have secrets of their own.
+    One tolerance per check, as `calibrate` has it: the factor times the largest residual of as many clean runs, here of one
+    set of claims. A clean claim serves both checks, and its faulty twins have secrets of their own.
     """
     rng, params = generator(), CheckParams()
     local = [head.in_format(formats[0]) for head in heads]
     tokens = local[0].tokens
     out: dict[str, dict[str, Any]] = {}
     for stage, rows in (("prefill", TILE), ("decode", 1)):
-        limits: dict[tuple[str, int], float] = {}
+        limits: dict[str, float] = {}
         hopeless = 0
         for head in local:
             for lo in range(0, tokens, TILE) if stage == "prefill" else range(tokens // 2, tokens, TILE):
@@ -182,7 +182,7 @@ def trials(heads: list[Head], formats: tuple[Format, Format], count: int) -> dic
                 for _ in range(params.calibration_runs):
                     for name, r in residuals(c, head, lo, lo + rows, params, rng).items():
                         if np.isfinite(r):
-                            limits[name, head.layer] = max(limits.get((name, head.layer), 0.0), params.factor * r)
+                            limits[name] = max(limits.get(name, 0.0), params.factor * r)
                         else:
                             hopeless += 1
         caught, rejected = {"exp": 0, "EV": 0}, {"exp": 0, "EV": 0}
@@ -196,17 +196,14 @@ def trials(heads: list[Head], formats: tuple[Format, Format], count: int) -> dic
             c = claims(head, lo, lo + rows, *formats)
             clean = residuals(c, head, lo, lo + rows, params, rng)
             for name in ("exp", "EV"):
-                limit = limits.get((name, head.layer), 0.0)
+                limit = limits.get(name, 0.0)
                 rejected[name] += not clean[name] <= limit
                 found = residuals(faulty(c, name, rng), head, lo, lo + rows, params, rng)
                 caught[name] += not found[name] <= limit
         for name in ("exp", "EV"):
-            of_kind = [v for (kind, _), v in limits.items() if kind == name]
             out[f"{stage} {name}"] = {
                 "faulty": count, "detected": caught[name], "clean": count, "false_rejects": rejected[name],
-                "tolerance_median": float(np.median(of_kind)) if of_kind else None,
-                "tolerance_largest": max(of_kind, default=None),
-                "unusable_in_calibration": hopeless if name == "exp" else 0,
+                "tolerance": limits.get(name), "unusable_in_calibration": hopeless if name == "exp" else 0,
             }  # fmt: skip
     return out
 
