@@ -113,7 +113,7 @@ def test_bisection() -> None:
 def test_steering_turns_tokens_only_within_the_tolerance(model: FloatModel) -> None:
     rng = np.random.default_rng(1)
     ids = [int(t) for t in rng.integers(3, 260, 60)]
-    config = FloatConfig(params=CheckParams(calibration_runs=4, factor=8.0))
+    config = FloatConfig(params=CheckParams(calibration_runs=4, factor=32.0))
     prover = FloatProver(model.source, hello_of(model, config))
     limits, hopeless = calibrated(model, config, calibration_prompts(ids, 30), 3, prover)
     assert hopeless == 0
