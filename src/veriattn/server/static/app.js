@@ -166,6 +166,7 @@ async function ask(prompt) {
     temperature: Number($("temperature").value),
     max_tokens: Number($("max-tokens").value),
     veriattn: { events: true, lie: $("lie").checked },
+    ignore_eos: $("lie").checked,  // the lie comes after a few tokens; an answer must not end before it
   });
   $("lie").checked = false;
   busy = new AbortController();
