@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -30,10 +31,11 @@ class Peer:
     """llama.cpp over a line protocol."""
 
     def __init__(self, python: Path, source: Path, quantised: Path, threads: int) -> None:
+        self._log = quantised.with_suffix(".log").open("w", encoding="utf-8")
         script = Path(__file__).with_name("peer_llama.py")
         self._process = subprocess.Popen(
             [python, script, source, quantised, str(threads)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True,
         )  # fmt: skip
         if self._process.stdin is None or self._process.stdout is None:
             raise SystemExit("no pipes to llama.cpp")
@@ -43,7 +45,7 @@ class Peer:
     def _line(self) -> str:
         line = self._from.readline()
         if not line:
-            raise SystemExit("llama.cpp has ended; its output above says why")
+            raise SystemExit(f"llama.cpp has ended: {self._log.name} says why")
         return line
 
     def rate(self, prompt: int, tokens: int) -> float:
@@ -55,6 +57,7 @@ class Peer:
     def close(self) -> None:
         self._to.close()
         self._process.wait(30)
+        self._log.close()
 
 
 def our_rate(engine: Engine, prompt: int, tokens: int) -> float:
@@ -104,6 +107,7 @@ def main() -> int:
         "full_tee_range": [min(ours), max(ours)], "llama_cpp_range": [min(theirs), max(theirs)],
         "threads": args.threads, "rounds": args.rounds, "prompt_tokens": PROMPT, "decoded_tokens": TOKENS,
         "cpu": machine["cpu"]["model"], "cores": machine["cpu"]["cores"], "isa": machine["native"]["isa"],
+        "load_average": os.getloadavg()[0],  # near the number of threads where nothing else ran
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **peer.about,
     }  # fmt: skip
     RESULTS.parent.mkdir(exist_ok=True)

@@ -8,6 +8,7 @@ namespace avx512 {
 namespace {
 
 const i64 FEW = 16;  // rows of which one register of weights serves all at once
+const i64 SHORT = 32768;  // bytes of a panel; longer ones keep four streams of their own, which is faster there
 
 // R rows by NB panels of 16 outputs over `steps` groups of 4 inputs. `chains` splits the sum where few rows would leave
 // the multiplier waiting for its own results.
@@ -173,7 +174,7 @@ void gemm(const uint8_t* packed, i64 n, i64 k, const int8_t* a, i64 m, i64 n0, i
         lda = k4;
     }
     row_offsets(a, lda, k4, m, init);
-    if (m <= FEW) {
+    if (m <= FEW && panel_bytes <= SHORT) {
         // What memory delivers is the limit.
         const uint8_t* w = packed + n0 / 16 * panel_bytes;
         few<FEW>(m, w, panel_bytes, a, lda, k4 / 4, n1 - n0, y + n0, n, init);
