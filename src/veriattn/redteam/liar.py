@@ -57,6 +57,9 @@ _FROM_PROVER, _TO_PROVER = 512, 256  # blocks of counters in the shared segment 
 _HEAD, _TAIL, _READER_WAITS, _WRITER_WAITS = 0, 64, 128, 192
 _FIELDS = ("magic", "kind", "flags", "session", "seq", "payload_bytes")
 FOREVER_S = 3600.0
+#: A consistent liar goes on with its lie as far as this: with 2**62 in an attention claim its own forward pass would be
+#: undefined, and it would have to report an error. No int32 is this large.
+_CARRIED = 2**36
 
 
 class LyingSink:
@@ -89,7 +92,7 @@ class LyingSink:
             claimed = apply_fault(values, attack)
             lie.report_change(name, values, claimed)
             if attack.consistent:
-                values[...] = claimed
+                values[...] = np.clip(claimed, -_CARRIED, _CARRIED)
             return claimed
         if attack.kind in ("replay", "splice"):
             wanted = attack.claim if attack.kind == "replay" else attack.text
