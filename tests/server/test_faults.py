@@ -210,6 +210,16 @@ def test_a_prover_that_lies_from_the_start_never_gets_the_server_ready(start: St
     assert server.get("/ready").status_code == 503
 
 
+def test_a_fault_of_the_provers_own_does_not_pass_for_the_canary(start: Start, tmp_path: Any) -> None:
+    """Its first claim has a wrong size: the session ends before our alteration, of which nothing has been shown yet."""
+    (tmp_path / "0").mkdir()
+    (tmp_path / "0" / "trigger").write_text("garbage")
+    server = start(FAST)
+    assert server.wait_for("the prover was caught")["code"] == "transcript_mismatch"
+    assert server.wait_for("the tamper canary was caught")["code"] in ("freivalds_mismatch", "attention_mismatch")
+    assert server.wait_ready()["tamper_canary"] == "caught"
+
+
 def test_faults_under_load_lose_and_mix_up_nothing(start: Start) -> None:
     server = start(
         FAST.replace("[prover]", "[prover]\nrequest_retries = 20\nmax_restarts = 20") + "[engine]\nmax_sequences = 4\n"

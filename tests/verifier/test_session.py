@@ -6,6 +6,7 @@ import logging
 import os
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,6 +28,7 @@ from veriattn.errors import (
 from veriattn.redteam.attack import Attack
 from veriattn.redteam.launcher import LiarPool
 from veriattn.spec.forward import Batch, BatchEntry
+from veriattn.verifier import checks as checks_module
 from veriattn.verifier import launch as launch_module
 from veriattn.verifier.keys import KeySet
 from veriattn.verifier.launch import ChildProver, Prover
@@ -166,6 +168,28 @@ def test_an_interrupt_ends_the_session(
     assert_gone(made[0].pid)
     assert segments() == before
     assert not any(a.any() for a in secrets_of(taken[0]))
+
+
+@pytest.mark.parametrize("attack", [HONEST, Attack("fault", step=0, claim="lm_head", fault="bit")])
+def test_what_was_checked_while_the_session_was_closed_is_not_released(
+    attack: Attack, model: VerifierModel, pool: LiarPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another thread closes between the fetching of a key and its use: overwritten keys find every claim right."""
+    session = open_session(model, pool, attack)
+    real, verdicts = checks_module.linear_check, []
+
+    def closed_meanwhile(claimed: Any, *args: Any) -> Any:
+        closing = threading.Thread(target=session.close)
+        closing.start()
+        closing.join()
+        verdicts.append(bool(np.all(real(claimed, *args))))
+        return real(claimed, *args)
+
+    monkeypatch.setattr(checks_module, "linear_check", closed_meanwhile)  # by itself only lm_head is checked
+    with pytest.raises(ProverUnavailable, match="the session is closed"):
+        session.run(STEP)
+    assert verdicts == [True]
+    assert session.length(0) == 0
 
 
 def test_an_interrupt_while_a_sequence_is_freed_ends_the_session(

@@ -320,6 +320,8 @@ class EngineDriver:
         try:
             self._probe()
         except VerificationError as e:
+            if self._switch.armed:
+                raise  # a lie of the prover's own: ours was not told yet, and nobody knows whether it would be caught
             self._canary = "caught"
             self._metrics.count(self._metrics.canaries, "caught")
             log.info("the tamper canary was caught", extra={"fault": e.message, "code": e.code})

@@ -345,6 +345,8 @@ class Session:
             self.channel.timeout_s = self.config.step_timeout_s
             with self.config.trace.span("step", f"step {self.stats.steps}"):
                 logits = self._run_parts(batch)
+            # Closed by another thread in the meantime: what was checked last may have been checked with overwritten keys.
+            self._check_open()
         except BaseException as e:
             self._end(e)
             raise
