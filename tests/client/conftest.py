@@ -62,6 +62,14 @@ def engine(model_path: Path) -> Engine:
     return Engine(model_path, EngineConfig(strategy="full-tee"))
 
 
+def sampling_fields(params: SamplingParams, ignore_eos: bool = False) -> dict[str, Any]:
+    """The fields of a request that ask for these parameters."""
+    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
+    biases = {str(i): b for i, b in params.logit_bias}
+    fields = {n: getattr(params, n) for n in names}
+    return {**fields, "logit_bias": biases, "seed": params.seed, "ignore_eos": ignore_eos}
+
+
 def sse(chunks: list[dict[str, Any]]) -> bytes:
     return b"".join(b"data: " + json.dumps(c).encode() + b"\n\n" for c in chunks) + b"data: [DONE]\n\n"
 
@@ -84,10 +92,13 @@ def answer(engine: Engine) -> Callable[..., Answer]:
         event_changes: dict[str, Any] | None = None,
         respond: Callable[[dict[str, Any]], dict[str, Any]] = lambda r: r,
         nonce: str | None = None,
+        ask: dict[str, Any] | None = None,
     ) -> Answer:
+        """ask: fields of the request that say other than what was done."""
         params = params or SamplingParams()
         body = body or {"messages": MESSAGES}
         asked = {**body, "max_tokens": max_tokens, "stop": list(stop), "n": n, "stream": stream}
+        asked = {**asked, **sampling_fields(params, ignore_eos), **(ask or {})}
         if "messages" in body:
             prompts = [engine.codec.encode_chat(body["messages"])]
         else:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tests.client.conftest import Answer
+from tests.client.conftest import Answer, sampling_fields
 
 from veriattn.attest import receipts
 from veriattn.attest.providers import TestProvider
@@ -98,7 +99,8 @@ def test_messages_as_the_server_reads_them(answer: Make, replay_model: ReplayMod
     ]
     rendered = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "a\nb"}]
     a = answer(SAMPLED, body={"messages": rendered})
-    request = json.dumps({"messages": sent, "max_tokens": 24, "stop": ["", "\x00never"]}).encode()
+    fields = sampling_fields(SAMPLED)
+    request = json.dumps({"messages": sent, "max_tokens": 24, "stop": ["", "\x00never"], **fields}).encode()
     issued = ReceiptService(TestProvider()).issue(request, a.response, a.receipt["event_log"][1], "k", "c")
     assert Replayer(replay_model).replay(issued, request, a.response).matches
     for bad in ([5], "x", [{"content": "a"}], [{"role": "user"}], []):
@@ -181,7 +183,8 @@ def test_one_wrong_token_anywhere_is_found_at_its_place(
 def test_other_parameters_than_those_recorded(answer: Make, replay_model: ReplayModel, change: dict[str, Any]) -> None:
     params = SamplingParams(**{"temperature": 0.9, "top_p": 0.95, "seed": 5, **change})
     changes = {"sampling": receipts.sampling_json(params, 24)}
-    a = answer(SamplingParams(temperature=0.9, top_p=0.95, seed=5), event_changes=changes)
+    drawn = SamplingParams(temperature=0.9, top_p=0.95, seed=5)
+    a = answer(drawn, event_changes=changes, ask=sampling_fields(params))
     assert failed(replay(replay_model, a)) == ["choice.0.tokens"]
 
 
@@ -253,6 +256,7 @@ def test_an_answer_that_goes_on_after_its_end(answer: Make, replay_model: Replay
         ignore_eos=True,
         max_tokens=3,
         event_changes={"sampling": receipts.sampling_json(ends, 3, ignore_eos=False)},
+        ask={"ignore_eos": False},
     )
     found = replay(replay_model, a)
     assert failed(found) == ["choice.0.text"]
@@ -267,6 +271,92 @@ def test_missing_and_doubled_choices(answer: Make, replay_model: ReplayModel) ->
     assert failed(replay(replay_model, answer(SAMPLED, n=2, respond=drop))) == ["choices"]
     one = receipts.choice_json(0, [1], "stop")
     assert failed(replay(replay_model, answer(SAMPLED, event_changes={"choices": [one, one]}))) == ["choices"]
+
+
+STEERED: dict[str, dict[str, Any]] = {
+    "temperature": {"temperature": 0.0},
+    "seed": {"seed": 6},
+    "logit_bias": {"logit_bias": ((7, 1000.0),)},
+    "top_k": {"top_k": 1},
+    "top_p": {"top_p": 0.5},
+    "min_p": {"min_p": 0.5},
+    "repetition_penalty": {"repetition_penalty": 2.0},
+    "presence_penalty": {"presence_penalty": 5.0},
+    "frequency_penalty": {"frequency_penalty": 5.0},
+    "ignore_eos": {},
+}
+
+
+@pytest.mark.parametrize("name", STEERED)
+def test_an_answer_under_other_parameters_than_asked_for(answer: Make, replay_model: ReplayModel, name: str) -> None:
+    """The server draws honestly, and records honestly, under parameters of its own: with biases it can say what it likes."""
+    asked = SamplingParams(temperature=0.9, top_p=0.95, seed=5)
+    done = replace(asked, **STEERED[name])
+    a = answer(done, ignore_eos=name == "ignore_eos", ask=sampling_fields(asked))
+    found = replay(replay_model, a)
+    assert failed(found) == ["sampling"]
+    assert why(found) == f"the request asks for other parameters: {name}"
+    assert found.tokens_computed == 0
+    assert replay(replay_model, answer(done, ignore_eos=name == "ignore_eos")).matches
+
+
+def test_parameters_that_were_left_out_are_the_documented_ones(answer: Make, replay_model: ReplayModel) -> None:
+    default = SamplingParams(temperature=1.0, seed=77)
+    left_out = dict.fromkeys(sampling_fields(default))
+    a = answer(default, ask=left_out)
+    found = replay(replay_model, a)
+    assert found.matches
+    assert "the server chose the seed 77" in next(s.reason for s in found.steps if s.name == "sampling")
+    found = replay(replay_model, answer(SamplingParams(temperature=0.5, seed=77), ask=left_out))
+    assert why(found) == "the request asks for other parameters: temperature"
+    # Clients write 1e-9 where they mean greedy; the server reads so.
+    assert replay(replay_model, answer(SamplingParams(), ask={"temperature": 1e-9, "top_k": -1})).matches
+    for odd in (
+        {"temperature": True},
+        {"seed": "5"},
+        {"top_k": 1.5},
+        {"ignore_eos": 1},
+        {"logit_bias": {"x": 1}},
+        {"n": 0},
+    ):
+        assert failed(replay(replay_model, answer(SAMPLED, ask=odd))) == ["replay"]
+
+
+def test_choices_that_were_not_asked_for(answer: Make, replay_model: ReplayModel) -> None:
+    """One draw sold twice, one prompt answered in the place of another, fewer choices than were asked for."""
+    one = answer(SAMPLED, ignore_eos=True).outputs[0]
+    text = replay_model.codec.decode(one)
+
+    def twice(r: dict[str, Any]) -> dict[str, Any]:
+        for c in r["choices"]:
+            c["message"]["content"] = text
+        return r
+
+    sold = {"choices": [receipts.choice_json(i, one, "length", prompt=0, choice=0) for i in range(2)]}
+    a = answer(SAMPLED, n=2, ignore_eos=True, event_changes=sold, respond=twice)
+    assert why(replay(replay_model, a)) == "these choices were not asked for"
+    a = answer(SAMPLED, n=1, ignore_eos=True, ask={"n": 2})
+    assert failed(replay(replay_model, a)) == ["choices"]
+    prompts = {"body": {"prompt": ["abc", "de"]}, "ignore_eos": True}
+    honest = answer(SAMPLED, **prompts)
+    assert replay(replay_model, honest).matches
+    first = replay_model.codec.decode(honest.outputs[0])
+
+    def same(r: dict[str, Any]) -> dict[str, Any]:
+        r["choices"][1]["text"] = first
+        return r
+
+    sold = {"choices": [receipts.choice_json(i, honest.outputs[0], "length", prompt=0, choice=0) for i in range(2)]}
+    a = answer(SAMPLED, **prompts, event_changes=sold, respond=same)
+    assert why(replay(replay_model, a)) == "these choices were not asked for"
+
+
+def test_a_completion_without_a_bound_has_the_documented_one(answer: Make, replay_model: ReplayModel) -> None:
+    for prompt in ("abc", ["abc", "de"]):
+        fields = {"body": {"prompt": prompt}, "ignore_eos": True, "ask": {"max_tokens": None}}
+        assert replay(replay_model, answer(SAMPLED, max_tokens=16, **fields)).matches
+        found = replay(replay_model, answer(SAMPLED, max_tokens=9, **fields))
+        assert why(found) == "the answer was cut after 9 of 16 tokens"
 
 
 @pytest.mark.parametrize(

@@ -316,7 +316,10 @@ def write_local_receipt(path: Path, engine: Engine, state: RequestState, body: d
     from veriattn.client.bundle import Bundle  # noqa: PLC0415
 
     nonce, report = secrets.token_hex(32), engine.report()
-    asked = {**body, "max_tokens": state.request.max_tokens, "stop": list(state.request.stop)}
+    params, names = state.request.params, ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+    sampling = {n: getattr(params, n) for n in (*names, "presence_penalty", "frequency_penalty", "seed")}
+    ending = {"max_tokens": state.request.max_tokens, "stop": list(state.request.stop)}
+    asked = {**body, **sampling, **ending, "ignore_eos": state.request.ignore_eos}
     choice = {"index": 0, "finish_reason": state.finish_reason, "token_ids": list(state.output_ids)}
     text = {"message": {"role": "assistant", "content": state.text}} if "messages" in body else {"text": state.text}
     chat_id = "local-" + secrets.token_hex(16)

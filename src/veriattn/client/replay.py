@@ -12,13 +12,14 @@ import hashlib
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from veriattn.attest import receipts
 from veriattn.attest.canonical import Json
 from veriattn.attest.verify import Step
+from veriattn.client import asked
 from veriattn.engine.strategies import TeeWeights
 from veriattn.engine.text import IncrementalDecoder, StopMatcher, TextCodec
 from veriattn.errors import AttestationError, ModelError, UsageError
@@ -214,8 +215,10 @@ class Replayer:
      2. request, response  the raw bytes are those of the receipt
      3. model              the local model's digest and the spec version are the receipt's
      4. prompt.N           the request, encoded here, gives the receipt's prompt ids
-     5. choice.N.tokens    the canonical function draws the receipt's output ids, token for token
-     6. choice.N.text      they are the text and the end of the response
+     5. choices            receipt and response have the choices that were asked for
+     6. sampling           the receipt's parameters are those that were asked for
+     7. choice.N.tokens    the canonical function draws the receipt's output ids, token for token
+     8. choice.N.text      they are the text and the end of the response
 
     Trust: everything but the local model is adversarial.
     """
@@ -236,15 +239,17 @@ class Replayer:
             self._check_model(parsed.event, out)
             if not out.matches:
                 return out
-            prompts = self._prompts(parsed.event, request, out)
+            body = _body(request)
+            prompts = self._prompts(parsed.event, body, out)
             claimed = claimed_choices(response)
-            wanted = {c["index"] for c in parsed.event["choices"]}
-            same = set(claimed) == wanted and len(wanted) == len(parsed.event["choices"])
-            out.steps.append(_step("choices", same, f"{len(wanted)}", "response and receipt have different choices"))
+            self._check_choices(parsed.event, body, set(claimed), out)
             if not out.matches:
                 return out
             params, ignore_eos = sampling_params(parsed.event["sampling"])
-            ending = _Ending.of(request, parsed.event, ignore_eos)
+            self._check_sampling(params, ignore_eos, body, out)
+            if not out.matches:
+                return out
+            ending = _Ending.of(body, parsed.event, ignore_eos)
             for c in parsed.event["choices"]:
                 _Choice(self._model, out, c, claimed[c["index"]], params, ending).run(prompts[c["prompt"]])
         except (AttestationError, UsageError) as e:
@@ -257,13 +262,23 @@ class Replayer:
         wrong = f"the receipt is of model {event['model_digest']}, spec version {event['spec_version']}"
         out.steps.append(_step("model", same, mine, wrong))
 
-    def _prompts(self, event: Json, request: bytes, out: Replay) -> list[tuple[int, ...]]:
-        try:
-            body = json.loads(request)
-        except (ValueError, RecursionError):
-            raise AttestationError("the request is not JSON") from None
-        if not isinstance(body, dict):
-            raise AttestationError("the request is not a JSON object")
+    def _check_choices(self, event: Json, body: Json, claimed: set[int], out: Replay) -> None:
+        wanted = asked.choices(body, len(event["prompts"]))
+        recorded = [(c["index"], c["prompt"], c["choice"]) for c in event["choices"]]
+        same = claimed == {c["index"] for c in event["choices"]}
+        wrong = "response and receipt have different choices" if not same else "these choices were not asked for"
+        out.steps.append(_step("choices", same and recorded == wanted, f"{len(wanted)}", wrong))
+
+    def _check_sampling(self, recorded: SamplingParams, ignore_eos: bool, body: Json, out: Replay) -> None:
+        recorded = replace(recorded, logit_bias=tuple(sorted(recorded.logit_bias)), seed=recorded.seed % 2**64)
+        wanted, wanted_ignore_eos = asked.sampling(body, recorded.seed)
+        odd = [name for name, value in vars(wanted).items() if value != getattr(recorded, name)]
+        odd += [] if ignore_eos == wanted_ignore_eos else ["ignore_eos"]
+        left = not recorded.greedy and body.get("seed") is None
+        good = f"as asked for; the server chose the seed {recorded.seed}" if left else "as asked for"
+        out.steps.append(_step("sampling", not odd, good, f"the request asks for other parameters: {', '.join(odd)}"))
+
+    def _prompts(self, event: Json, body: Json, out: Replay) -> list[tuple[int, ...]]:
         try:
             prompts = prompt_ids(body, self._model.codec)
         except ModelError as e:
@@ -280,6 +295,16 @@ class Replayer:
         return prompts
 
 
+def _body(request: bytes) -> Json:
+    try:
+        body = json.loads(request)
+    except (ValueError, RecursionError):
+        raise AttestationError("the request is not JSON") from None
+    if not isinstance(body, dict):
+        raise AttestationError("the request is not a JSON object")
+    return body
+
+
 def _step(name: str, ok: bool, good: str, bad: str) -> Step:
     return Step(name, "PASS" if ok else "FAIL", good if ok else bad)
 
@@ -293,18 +318,13 @@ class _Ending:
     max_tokens: int | None
 
     @classmethod
-    def of(cls, request: bytes, event: Json, ignore_eos: bool) -> _Ending:
-        body = json.loads(request)
+    def of(cls, body: Json, event: Json, ignore_eos: bool) -> _Ending:
         stop = body.get("stop")
         stops = [stop] if isinstance(stop, str) else stop or []
         if not isinstance(stops, list) or not all(isinstance(s, str) for s in stops):
             raise UsageError("the request's stop strings are not text")
-        wanted = body.get("max_completion_tokens")
-        wanted = body.get("max_tokens") if wanted is None else wanted
-        if wanted is None and len(event["prompts"]) == 1:
-            # The server's default, of which the receipt is the only record.
-            wanted = event["sampling"].get("max_tokens")
-        return cls(tuple(s for s in stops if s), ignore_eos, wanted if type(wanted) is int else None)
+        most = asked.max_tokens(body, event["sampling"].get("max_tokens"))
+        return cls(tuple(s for s in stops if s), ignore_eos, most)
 
 
 class _Choice:
