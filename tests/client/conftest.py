@@ -199,17 +199,22 @@ def platform() -> SyntheticTdx:
 
 @dataclass
 class FakeServer:
-    """The receipt endpoints of a server over a real socket. `seen` are the paths asked for."""
+    """The receipt endpoints of a server over a real socket. `seen` are the paths asked for; `ids` of the next responses;
+    `between`: what somebody on the way does to them."""
 
     url: str
     service: ReceiptService
     seen: list[str]
+    ids: list[str]
+    between: list[Callable[[bytes], bytes]]
 
 
 @pytest.fixture
 def fake_server(platform: SyntheticTdx) -> Iterator[FakeServer]:
     service = ReceiptService(SyntheticTdxProvider(platform), clock=lambda: float(NOW))
     seen: list[str] = []
+    ids: list[str] = []
+    between: list[Callable[[bytes], bytes]] = []
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -233,15 +238,18 @@ def fake_server(platform: SyntheticTdx) -> Iterator[FakeServer]:
             body = json.loads(request)
             receipt_id = service.new_receipt_id()
             response = canned_stream() if body.get("stream") else canned_answer()
+            if ids:
+                response = response.replace(b"chatcmpl-7", ids[0].encode())
             event = canned_event(self.headers.get(receipts.NONCE_HEADER))
+            chat_id = ids.pop(0) if ids else "chatcmpl-7"
             self.send_response(200)
             self.send_header("Content-Type", "text/event-stream" if body.get("stream") else "application/json")
             if body["model"] != "no-receipts":
-                service.issue(request, response, event, API_KEY, "chatcmpl-7", receipt_id=receipt_id)
+                service.issue(request, response, event, API_KEY, chat_id, receipt_id=receipt_id)
                 self.send_header(receipts.RECEIPT_HEADER, receipt_id)
             self.end_headers()
             # What a proxy in between might do to the bytes.
-            self.wfile.write(response.replace(b"Hello", b"Hallo") if body["model"] == "tampered" else response)
+            self.wfile.write(between.pop(0)(response) if between else response)
 
         def _send(self, status: int, body: dict[str, Any]) -> None:
             raw = json.dumps(body).encode()
@@ -254,9 +262,9 @@ def fake_server(platform: SyntheticTdx) -> Iterator[FakeServer]:
             pass
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
     thread.start()
-    yield FakeServer(f"http://127.0.0.1:{server.server_port}/v1", service, seen)
+    yield FakeServer(f"http://127.0.0.1:{server.server_port}/v1", service, seen, ids, between)
     server.shutdown()
     server.server_close()
     thread.join()

@@ -96,14 +96,98 @@ def test_one_report_serves_for_a_while(client: Callable[..., VerifiedOpenAI], fa
         assert sum("attestation" in path for path in fake_server.seen) == 3
 
 
-def test_bytes_changed_on_the_way_are_refused(client: Callable[..., VerifiedOpenAI]) -> None:
+def tampered(raw: bytes) -> bytes:
+    return raw.replace(b"Hello", b"Hallo").replace(b"Hel", b"Hal")
+
+
+def test_bytes_changed_on_the_way_are_refused(client: Callable[..., VerifiedOpenAI], fake_server: FakeServer) -> None:
     with client() as c:
-        answer = ask(c, "tampered")
+        fake_server.between.append(tampered)
+        answer = ask(c)
         assert answer.choices[0].message.content.startswith("Hallo")
         v = c.verify(answer)
         assert v.failed() == ["receipt.response"]
         with pytest.raises(AttestationError, match=r"receipt\.response"):
             v.require()
+
+
+def test_the_receipt_of_another_exchange_does_not_pass_for_an_answers_own(
+    client: Callable[..., VerifiedOpenAI], fake_server: FakeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever sits in between alters one answer, lets the next one pass, and gives out its receipt for both."""
+    fake_server.ids += ["chatcmpl-a", "chatcmpl-b"]
+    fake_server.between += [tampered, bytes]
+    with client() as c:
+        altered, honest = ask(c), ask(c)
+        assert c.last is not None
+        real, receipt_id = fake_server.service.get, c.last.receipt_id
+
+        def get(ident: str, key: str) -> Any:
+            return real(str(receipt_id) if ident == "chatcmpl-a" else ident, key)
+
+        monkeypatch.setattr(fake_server.service, "get", get)
+        c.verify(honest).require()
+        assert c.verify(altered).failed() == ["receipt.response"]
+
+
+def in_crlf(raw: bytes) -> bytes:
+    return raw.replace(b"\n", b"\r\n")
+
+
+def in_two_lines(raw: bytes) -> bytes:
+    return raw.replace(b'"chatcmpl-a"', b'\ndata: "chatcmpl-b"')
+
+
+ODD: dict[str, tuple[bool, Callable[[bytes], bytes]]] = {
+    "plain": (False, lambda r: r.replace(b"chatcmpl-a", b"chatcmpl-b")),
+    "twice": (False, lambda r: r.replace(b'"id": "chatcmpl-a"', b'"id": "chatcmpl-a", "id": "chatcmpl-b"')),
+    "escaped": (False, lambda r: r.replace(b"chatcmpl-a", b"\\u0063hatcmpl-b")),
+    "two bytes a letter": (False, lambda r: r.replace(b"chatcmpl-a", b"chatcmpl-b").decode().encode("utf-16")),
+    "events": (True, lambda r: r.replace(b"chatcmpl-a", b"chatcmpl-b")),
+    "last event": (True, lambda r: b"chatcmpl-b".join(r.rsplit(b"chatcmpl-a", 1))),
+    "events with other ends": (True, lambda r: in_crlf(r.replace(b"chatcmpl-a", b"chatcmpl-b"))),
+    "events in two lines": (True, in_two_lines),
+    "an event that does not end": (True, lambda r: r[:-16].replace(b"chatcmpl-a", b"chatcmpl-b").rstrip()),
+}
+
+
+@pytest.mark.parametrize("odd", ODD)
+def test_an_answer_that_bears_the_id_of_another(
+    odd: str, client: Callable[..., VerifiedOpenAI], fake_server: FakeServer
+) -> None:
+    """However the id is written: what the SDK reads it from is not taken for the exchange that it belongs to."""
+    stream, write = ODD[odd]
+    fake_server.ids += ["chatcmpl-a", "chatcmpl-b"]
+    fake_server.between += [lambda r: write(tampered(r)), bytes]
+    with client() as c:
+        answer = ask(c, stream=stream)
+        altered, ids = c.last, ({chunk.id for chunk in answer} if stream else {answer.id})
+        assert altered is not None
+        assert "chatcmpl-b" in ids
+        honest = ask(c)
+        for of in (honest, "chatcmpl-b"):
+            with pytest.raises(AttestationError, match="several responses"):
+                c.verify(of)
+        if altered.complete:
+            assert c.verify(altered).failed() == ["receipt.response"]
+        else:
+            with pytest.raises(UsageError, match="not read to its end"):
+                c.verify(altered)
+        c.verify().require()
+
+
+def test_what_bears_no_id_is_in_nobodys_way(client: Callable[..., VerifiedOpenAI], fake_server: FakeServer) -> None:
+    """An error in HTML, an error in JSON, a stream that was left."""
+    fake_server.ids += ["chatcmpl-a", "chatcmpl-b"]
+    with client() as c:
+        c._remember(Exchange(b"", "", None, [b"<html>"], ended=True, status=502))
+        c._remember(Exchange(b"", "", None, [canned_stream()[:-30]]))
+        answer = ask(c, stream=True)
+        assert next(answer).id == "chatcmpl-a"
+        answer.close()
+        c.verify(ask(c)).require()
+        with pytest.raises(ReceiptNotFound):
+            c.verify("chatcmpl-c")
 
 
 def test_production_verifiers_are_the_default(client: Callable[..., VerifiedOpenAI]) -> None:

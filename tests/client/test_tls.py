@@ -30,7 +30,7 @@ from veriattn.attest.quotes import TdxVerifier
 from veriattn.attest.service import ReceiptService
 from veriattn.attest.verify import Expectations, ReceiptVerifier
 from veriattn.client.remote import Remote
-from veriattn.client.sdk import VerifiedOpenAI
+from veriattn.client.sdk import VerifiedOpenAI, capturing_transport, http_library
 from veriattn.client.tls import attested_certificate
 from veriattn.errors import AttestationError, AttestationUnavailable, UsageError
 
@@ -108,7 +108,7 @@ def start(tmp_path: Path, platform: SyntheticTdx) -> Iterator[Callable[..., TlsS
 
         httpd = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         httpd.socket = context.wrap_socket(httpd.socket, server_side=True)
-        thread = threading.Thread(target=httpd.serve_forever, daemon=True)
+        thread = threading.Thread(target=httpd.serve_forever, args=(0.02,), daemon=True)
         thread.start()
         running.append((httpd, thread))
         server = TlsServer(f"https://127.0.0.1:{httpd.server_port}/v1", service)
@@ -159,6 +159,34 @@ def test_someone_in_between_gets_nothing(start: Callable[..., TlsServer], verifi
     with pytest.raises(AttestationUnavailable, match="does not answer"):
         Remote(between.url, API_KEY, certificate_pem=pem).receipt("x")
     assert between.sent == [("/v1/aci/attestation", "")]
+
+
+def test_the_key_is_that_of_the_connection_that_carried_the_answer(
+    start: Callable[..., TlsServer], verifier: ReceiptVerifier
+) -> None:
+    """Someone with a certificate of an authority stands in between for prompts alone; receipts come straight."""
+    openai = pytest.importorskip("openai")
+    honest = start()
+    between = start(service=honest.service)
+    pem = attested_certificate(honest.url, verifier, Expectations(NOW))
+    for server, failed in ((honest, []), (between, ["tls.key"])):
+        transport = http_library(openai).HTTPTransport(verify=False)
+        remote = Remote(honest.url, API_KEY, certificate_pem=pem)
+        with VerifiedOpenAI(
+            server.url, API_KEY, verifier=verifier, clock=lambda: float(NOW), model_digests=[CANNED_MODEL],
+            remote=remote, transport=transport, max_retries=0,
+        ) as client:  # fmt: skip
+            v = client.verify(ask(client))
+            assert (v.failed(), v.skipped(), v.steps[-1].name) == (failed, [], "tls.key")
+
+
+@pytest.mark.parametrize("name", ["httpx", "httpx2"])
+def test_both_http_libraries_show_the_key(name: str, start: Callable[..., TlsServer]) -> None:
+    library, server, kept = pytest.importorskip(name), start(), []
+    transport = capturing_transport(library, library.HTTPTransport(verify=False), kept.append)
+    with library.Client(transport=transport) as http:
+        http.post(server.url + "/chat/completions", json={})
+    assert [e.tls_spki_sha256 for e in kept] == [server.service.keyset().tls_keys[0].spki_sha256]
 
 
 def test_what_does_not_vouch_for_the_key(

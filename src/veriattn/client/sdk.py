@@ -6,10 +6,12 @@ Works with SDK 2.x (httpx) and 3.x (httpx2): whichever HTTP library the installe
 from __future__ import annotations
 
 import importlib
+import json
 import secrets
 import time
-from collections import OrderedDict
+from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from types import ModuleType
 from typing import Any
@@ -20,7 +22,7 @@ from veriattn.attest.quotes import production_verifiers
 from veriattn.attest.receipts import NONCE_HEADER, RECEIPT_HEADER
 from veriattn.attest.verify import Expectations, ReceiptVerifier, Verification
 from veriattn.client.bundle import Bundle
-from veriattn.client.remote import Remote, pinned_context
+from veriattn.client.remote import Remote, pinned_context, spki_sha256
 from veriattn.client.tls import attested_certificate
 from veriattn.errors import AttestationError, UsageError
 
@@ -29,13 +31,16 @@ _GENERATION_PATHS = ("/chat/completions", "/completions")
 
 @dataclass
 class Exchange:
-    """One request and its response, as bytes. `ended` says that the HTTP body was read to its end."""
+    """One request and its response, as bytes. `ended` says that the HTTP body was read to its end; `tls_spki_sha256` is the
+    hash of the key at the other end of its own connection, None without TLS; `status` that of HTTP."""
 
     request: bytes
     nonce: str
     receipt_id: str | None = None
     chunks: list[bytes] = field(default_factory=list, repr=False)
     ended: bool = False
+    tls_spki_sha256: str | None = None
+    status: int = 200
 
     @property
     def complete(self) -> bool:
@@ -45,6 +50,48 @@ class Exchange:
     @property
     def response(self) -> bytes:
         return b"".join(self.chunks)
+
+    def may_bear(self, name: str) -> bool:
+        """Whether whoever reads the response may take this for its id, or for that of its receipt.
+
+        Trust: the response is adversarial, and the SDK's reading of odd bytes may be another than ours: all that is not
+        laid out as `veriattn serve` does it may bear any name.
+        """
+        return name == self.receipt_id or not {name, None}.isdisjoint(_ids(self.response, self.ended))
+
+
+def _ids(raw: bytes, ended: bool) -> set[str | None]:
+    """The ids in a whole response or in the events of a stream; with None where that cannot be told."""
+    with suppress(ValueError, RecursionError):
+        whole = json.loads(raw)  # as the SDK's HTTP library does it
+        return {_id(whole)}
+    *events, rest = raw.split(b"\n\n")
+    # Of a stream that was left the SDK has read whole events, but may know other ends of events.
+    cut = not ended and set(rest.removesuffix(b"\n")).isdisjoint(b"\r\n")
+    ids: set[str | None] = {None} if rest and not cut else set()
+    for event in events:
+        if event == b"data: [DONE]":
+            continue
+        try:
+            found = json.loads(event.removeprefix(b"data: ").decode("utf-8"))
+        except (ValueError, RecursionError):
+            found = None
+        plain = event.startswith(b"data: ") and set(event).isdisjoint(b"\r\n")
+        ids.add(_id(found) if plain else None)
+    return ids
+
+
+def _id(found: object) -> str | None:
+    ident = found.get("id") if isinstance(found, dict) else None
+    return ident if isinstance(ident, str) else None
+
+
+def _connection_key(response: Any) -> str | None:
+    """Hash of the key at the other end of a response's connection."""
+    stream = response.extensions.get("network_stream")
+    tls = None if stream is None else stream.get_extra_info("ssl_object")
+    der = None if tls is None else tls.getpeercert(True)  # by place: it may be the inner object of the ssl module
+    return None if der is None else spki_sha256(der)
 
 
 def http_library(openai: ModuleType) -> ModuleType:
@@ -83,6 +130,7 @@ def capturing_transport(library: ModuleType, inner: Any, keep: Callable[[Exchang
             exchange = Exchange(request.read(), nonce)
             response = inner.handle_request(request)
             exchange.receipt_id = response.headers.get(RECEIPT_HEADER)
+            exchange.tls_spki_sha256, exchange.status = _connection_key(response), response.status_code
             keep(exchange)
             response.stream = Captured(response.stream, exchange)
             return response
@@ -132,9 +180,9 @@ class VerifiedOpenAI:
         policy = policy or Policy()
         self._verifier = verifier or ReceiptVerifier(production_verifiers(policy))
         self._digests = (*policy.model_digests, *model_digests)
-        self._min_bits, self._collateral, self._clock, self._keep = policy.min_soundness_bits, collateral, clock, keep
+        self._min_bits, self._collateral, self._clock = policy.min_soundness_bits, collateral, clock
         self._remote = remote or Remote(base_url, api_key)
-        self._exchanges: OrderedDict[str, Exchange] = OrderedDict()
+        self._exchanges: deque[Exchange] = deque(maxlen=keep)
         self._reports: dict[str, tuple[float, str, Json]] = {}
         self._max_age_s = attestation_max_age_s
         self.last: Exchange | None = None
@@ -177,19 +225,23 @@ class VerifiedOpenAI:
 
     def _remember(self, exchange: Exchange) -> None:
         self.last = exchange
-        if exchange.receipt_id is not None:
-            self._exchanges[exchange.receipt_id] = exchange
-            while len(self._exchanges) > self._keep:
-                self._exchanges.popitem(last=False)
+        if 200 <= exchange.status < 300:  # of the others the SDK makes no answer
+            self._exchanges.append(exchange)
 
     def bundle(self, of: Any = None) -> Bundle:
         """Everything that a check needs, fetched and ready to be saved.
 
         of: an answer of the SDK, a receipt id, a response's id, an `Exchange`, or None for the last exchange.
         Raises: UsageError for a stream that was not read to its end or an unknown exchange; ReceiptNotFound and
-        AttestationUnavailable where the server does not give what it should.
+        AttestationUnavailable where the server does not give what it should; AttestationError where several responses
+        bear the same id.
         """
-        exchange, receipt = self._find(of)
+        return self._bundle(self._find(of))
+
+    def _bundle(self, exchange: Exchange) -> Bundle:
+        if exchange.receipt_id is None:
+            raise AttestationError("the response names no receipt", hint="is it an endpoint of `veriattn serve`?")
+        receipt = self._remote.receipt(exchange.receipt_id)
         if not exchange.complete:
             raise UsageError("the response was not read to its end", hint="a stream's receipt exists once it has ended")
         nonce, attestation = self._attestation(str(receipt.get("workload_keyset_digest")))
@@ -197,7 +249,8 @@ class VerifiedOpenAI:
 
     def verify(self, of: Any = None) -> Verification:
         """Fetch and check the receipt; see `bundle` for `of`. `Verification.require` raises where it does not hold."""
-        bundle = self.bundle(of)
+        exchange = self._find(of)
+        bundle = self._bundle(exchange)
         expect = Expectations(
             now=int(self._clock()),
             request=bundle.request,
@@ -209,7 +262,11 @@ class VerifiedOpenAI:
             collateral=self._collateral,
         )
         if bundle.attestation is not None and _names_tls_keys(bundle.attestation):
-            expect = replace(expect, tls_spki_sha256=self._remote.tls_spki_sha256 or "no TLS")
+            # Of the connection that carried prompt and answer; what fetched the receipt may have gone another way.
+            same = exchange.tls_spki_sha256 == self._remote.tls_spki_sha256
+            expect = replace(
+                expect, tls_spki_sha256=(exchange.tls_spki_sha256 if same else None) or "no TLS, or two keys"
+            )
         return self._verifier.verify(bundle.receipt, bundle.attestation, expect)
 
     def _attestation(self, claimed_keyset: str) -> tuple[str, Json]:
@@ -222,22 +279,24 @@ class VerifiedOpenAI:
             self._reports[claimed_keyset] = kept
         return kept[1:]
 
-    def _find(self, of: Any) -> tuple[Exchange, Json]:
+    def _find(self, of: Any) -> Exchange:
+        """The exchange that an answer came with: found by what we received, never by what a receipt says of itself."""
         if of is None or isinstance(of, Exchange):
             exchange = of or self.last
             if exchange is None:
                 raise UsageError("there was no exchange yet")
-            if exchange.receipt_id is None:
-                raise AttestationError("the response names no receipt", hint="is it an endpoint of `veriattn serve`?")
-            return exchange, self._remote.receipt(exchange.receipt_id)
+            return exchange
         name = of if isinstance(of, str) else getattr(of, "id", None)
         if not isinstance(name, str):
             raise UsageError(f"{type(of).__name__} is neither an answer nor an id")
-        receipt = self._remote.receipt(name)
-        found = self._exchanges.get(str(receipt.get("receipt_id")))
-        if found is None:
+        found = [e for e in self._exchanges if e.may_bear(name)]
+        if not found:
+            self._remote.receipt(name)
             raise UsageError("that exchange is not remembered", hint="raise `keep`, or verify sooner")
-        return found, receipt
+        if len(found) > 1:
+            # Ids are drawn at random in the TEE: somebody has put one's on another, so that it passes for it.
+            raise AttestationError("several responses may bear that id", hint="verify each `Exchange` by itself")
+        return found[0]
 
     def close(self) -> None:
         self.openai.close()
