@@ -376,11 +376,60 @@ def test_absurd_counts_cost_nothing(answer: Make, replay_model: ReplayModel) -> 
         assert found.tokens_computed == 0
 
 
+def reworded(whole: str, honest: str, shown: str) -> dict[str, str]:
+    """Responses that hold the honest text where a careless reader looks, and another where the SDK does."""
+    choice = json.loads(whole)["choices"][0]
+    other = {**choice, "message": {"content": shown}}
+    return {
+        "two choices of one number": json.dumps({"choices": [other, choice]}),
+        "the honest one first": json.dumps({"choices": [choice, other]}),
+        "a number that is none": json.dumps({"choices": [{**other, "index": True}, choice]}),
+        "a name twice": whole.replace('"content"', f'"content": {json.dumps(shown)}, "content"'),
+        "text beside a message": json.dumps({"choices": [{**choice, "text": shown, "index": "0"}]}),
+    }
+
+
+@pytest.mark.parametrize("how", reworded('{"choices": [{"message": {"content": ""}}]}', "", ""))
+def test_a_response_that_can_be_read_in_two_ways(answer: Make, replay_model: ReplayModel, how: str) -> None:
+    honest = answer(SAMPLED)
+    text = json.loads(honest.response)["choices"][0]["message"]["content"]
+    response = reworded(honest.response.decode(), text, "yes, wire the money")[how].encode()
+    event = honest.receipt["event_log"][1]
+    issued = ReceiptService(TestProvider()).issue(honest.request, response, event, "k", "c")
+    assert failed(Replayer(replay_model).replay(issued, honest.request, response)) == ["replay"]
+    assert replay(replay_model, honest).matches
+
+
+def evil(text: str) -> str:
+    return json.dumps({"choices": [{"index": 0, "delta": {"content": text}, "finish_reason": None}]})
+
+
+@pytest.mark.parametrize(
+    "slipped_in",
+    [
+        ":\rdata: {}\n\n",
+        ": a remark\n\n",
+        "event: x\ndata: {}\n\n",
+        "\rdata: {}\r\n\n",
+        "data: {}\r\n\r\n",
+        "data:{}\n\n",
+    ],
+)
+def test_a_stream_with_something_in_between(answer: Make, replay_model: ReplayModel, slipped_in: str) -> None:
+    """The SDK also knows other ends of lines, lines that are remarks, events of several lines."""
+    honest = answer(SAMPLED, stream=True)
+    response = slipped_in.format(evil("no! ")).encode() + honest.response
+    event = honest.receipt["event_log"][1]
+    issued = ReceiptService(TestProvider()).issue(honest.request, response, event, "k", "c")
+    assert failed(Replayer(replay_model).replay(issued, honest.request, response)) == ["replay"]
+    assert replay(replay_model, honest).matches
+
+
 def test_an_unfinished_stream_is_refused(answer: Make, replay_model: ReplayModel) -> None:
     a = answer(SAMPLED, stream=True)
     cut = a.response.removesuffix(b"data: [DONE]\n\n")
     with pytest.raises(AttestationError, match="did not end"):
-        claimed_choices(cut)
+        claimed_choices(cut, chat=True)
 
 
 @pytest.mark.parametrize(
@@ -398,7 +447,7 @@ def test_an_unfinished_stream_is_refused(answer: Make, replay_model: ReplayModel
 )
 def test_responses_of_another_kind(raw: bytes) -> None:
     try:
-        assert claimed_choices(raw) == {}
+        assert claimed_choices(raw, chat=True) == {}
     except AttestationError:
         return
     assert raw == b"data: [DONE]"
@@ -412,8 +461,8 @@ def test_streams_and_wholes_say_the_same() -> None:
     ]
     stream = "".join(f"data: {json.dumps(e, ensure_ascii=False)}\n\n" for e in events) + "data: [DONE]\n\n"
     expected = {0: ClaimedChoice("ab\u2028c", "stop")}
-    assert claimed_choices(whole.encode()) == expected
-    assert claimed_choices(stream.encode()) == expected
+    assert claimed_choices(whole.encode(), chat=False) == expected
+    assert claimed_choices(stream.encode(), chat=False) == expected
 
 
 def test_json_of_a_replay(answer: Make, replay_model: ReplayModel) -> None:

@@ -119,39 +119,58 @@ class ClaimedChoice:
     token_ids: tuple[int, ...] | None = None
 
 
-def claimed_choices(response: bytes) -> dict[int, ClaimedChoice]:
-    """The choices of a raw response, whole or streamed, by index. Raises: AttestationError if it is neither."""
+def claimed_choices(response: bytes, chat: bool) -> dict[int, ClaimedChoice]:
+    """The choices of a raw response, whole or streamed, by index; chat: whether messages were asked for, or plain text.
+
+    Trust: the response is adversarial, and must not read otherwise to whoever shows it. So its layout is that of
+    `veriattn serve`, to the byte where streams are concerned: nothing twice, nothing in between. Raises: AttestationError.
+    """
     try:
         text = response.decode("utf-8")
-        if text.lstrip().startswith("{"):
-            return _whole(json.loads(text))
-        return _streamed(text)
+        if text.startswith("{"):
+            return _whole(_json(text), chat)
+        return _streamed(text, chat)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise AttestationError(f"the response is not one of this API: {type(e).__name__}") from None
 
 
-def _whole(body: Any) -> dict[int, ClaimedChoice]:
-    out: dict[int, ClaimedChoice] = {}
-    for c in body["choices"]:
-        text = c["message"]["content"] if "message" in c else c["text"]
-        ids = c.get("token_ids")
-        out[int(c["index"])] = ClaimedChoice(
-            str(text), c["finish_reason"], None if ids is None else tuple(map(int, ids))
-        )
+def _json(text: str) -> Any:
+    return json.loads(text, object_pairs_hook=_no_name_twice)
+
+
+def _no_name_twice(pairs: list[tuple[str, Any]]) -> Json:
+    out = dict(pairs)
+    if len(out) != len(pairs):
+        raise ValueError("a member name occurs twice")
     return out
 
 
-def _streamed(text: str) -> dict[int, ClaimedChoice]:
+def _whole(body: Any, chat: bool) -> dict[int, ClaimedChoice]:
+    out: dict[int, ClaimedChoice] = {}
+    for place, c in enumerate(body["choices"]):
+        text = c["message"]["content"] if chat else c["text"]
+        ids = c.get("token_ids")
+        if type(c["index"]) is not int or c["index"] != place or type(text) is not str:
+            raise AttestationError("the response's choices are not in their order, or have no text")
+        out[place] = ClaimedChoice(text, c["finish_reason"], None if ids is None else tuple(map(int, ids)))
+    return out
+
+
+def _streamed(text: str, chat: bool) -> dict[int, ClaimedChoice]:
     texts: dict[int, str] = {}
     reasons: dict[int, str | None] = {}
     # Not splitlines: text may hold U+2028 and others of its kind, which end no line of a stream.
-    events = [line[len("data:") :].strip(" \r") for line in text.split("\n") if line.startswith("data:")]
-    if not events or events[-1] != "[DONE]":
+    *events, rest = text.split("\n\n")
+    if rest or not events or events.pop() != "data: [DONE]":
         raise AttestationError("the stream did not end as a finished one does")
-    for event in events[:-1]:
-        for c in json.loads(event)["choices"]:
-            index = int(c["index"])
-            delta = c["delta"].get("content") if "delta" in c else c["text"]
+    for event in events:
+        if not event.startswith("data: ") or not set(event).isdisjoint("\r\n"):
+            raise AttestationError("the stream holds something other than events of one line")
+        for c in _json(event.removeprefix("data: "))["choices"]:
+            index = c["index"]
+            delta = c["delta"].get("content") if chat else c["text"]
+            if type(index) is not int or type(delta or "") is not str:
+                raise AttestationError("the stream has a choice without a number, or whose text is none")
             texts[index] = texts.get(index, "") + (delta or "")
             reasons[index] = c["finish_reason"] or reasons.get(index)
     return {i: ClaimedChoice(t, reasons[i]) for i, t in texts.items()}
@@ -241,7 +260,7 @@ class Replayer:
                 return out
             body = _body(request)
             prompts = self._prompts(parsed.event, body, out)
-            claimed = claimed_choices(response)
+            claimed = claimed_choices(response, chat="messages" in body)
             self._check_choices(parsed.event, body, set(claimed), out)
             if not out.matches:
                 return out
