@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tests.attest.synthetic_snp import DEBUG, HONEST_POLICY, MEASUREMENT, MIGRATE_MA, SINGLE_SOCKET, SyntheticSnp
 from tests.attest.synthetic_tdx import NOW, SyntheticTdx, synthetic_image
 
 from veriattn.attest.policy import MILAN_ARK_SHA256, Policy, SevSnpImage, SevSnpPolicy, TdxImage, TdxPolicy
@@ -229,6 +230,26 @@ def test_snp_failures_by_name(snp: dict[str, str], change: dict[str, Any], fragm
             evidence[name] = snp.get(value, value)
     with pytest.raises(AttestationError, match=fragment):
         snp_verifier(**policy).verify(evidence, None, MILAN_TIME)
+
+
+def test_a_guest_that_its_host_could_look_into_is_refused() -> None:
+    """A policy is the host's word at launch, and no part of the measurement: an agent of its own could migrate the guest."""
+    pytest.importorskip("omne_attest")
+    platform, data = SyntheticSnp(), bytes(range(64))
+    image = SevSnpImage("milan", MEASUREMENT.hex())
+    verifier = SevSnpVerifier(SevSnpPolicy((image,), TCB_FLOOR, ark_sha256=platform.ark_sha256))
+    for policy in (HONEST_POLICY, HONEST_POLICY | SINGLE_SOCKET):
+        quote = verifier.verify(platform.evidence(data, policy=policy), None, NOW)
+        assert (quote.report_data, verifier.image(quote)) == (data, "milan")
+    for options, fragment in (
+        ({"policy": HONEST_POLICY | MIGRATE_MA}, "migration agent"),
+        ({"policy": HONEST_POLICY | DEBUG}, "allows debug"),
+        ({"vmpl": 1}, "VMPL 1"),
+    ):
+        with pytest.raises(AttestationError, match=fragment):
+            verifier.verify(platform.evidence(data, **options), None, NOW)
+    with pytest.raises(AttestationError, match="pinned ARK"):
+        snp_verifier().verify(platform.evidence(data), None, NOW)
 
 
 def test_snp_certificates_expire(snp: dict[str, str]) -> None:

@@ -39,6 +39,7 @@ MAX_QUOTE_BYTES = 64 << 10
 MAX_COLLATERAL_BYTES = 1 << 20
 
 _ZERO_MR = "00" * 48
+_SNP_MIGRATE_MA = 1 << 18  # of the guest policy (AMD 56860, table of POLICY)
 _SNP_CERTIFICATES = {
     "ark": uuid.UUID("c0b406a4-a803-4952-9743-3fb6014cd0ae"),
     "ask": uuid.UUID("4ab7b379-bbac-4fe4-a02f-05aef327c782"),
@@ -195,6 +196,9 @@ class SevSnpVerifier:
             )
         except (omne_attest.Fail, ValueError) as e:
             raise AttestationError(f"the SEV-SNP report is refused: {_one_line(e)}") from None
+        if r.policy & _SNP_MIGRATE_MA:
+            # The agent is a guest of the host's choice, which the launch measurement does not cover.
+            raise AttestationError("the SEV-SNP guest's policy allows a migration agent, which could read its memory")
         return VerifiedQuote(
             "sev-snp",
             r.report_data,
