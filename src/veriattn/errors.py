@@ -160,6 +160,12 @@ class ReceiptNotFound(VeriattnError):
     exit_code = EXIT_USAGE
 
 
+class MachineError(VeriattnError):
+    """The operating system refused something that nothing more precise was said about: room, memory, permission."""
+
+    code = "system"
+
+
 class InternalError(VeriattnError):
     """A bug on our side; never the prover's doing."""
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tests.cli.conftest import Cli, Outcome
+from tests.cli.conftest import Cli, Outcome, environment
 from tests.helpers import CHAT_TEMPLATE, make_model
 
 from veriattn.spec.modelfile import MANIFEST_FILE, TOKENIZER_FILE, WEIGHTS_FILE
@@ -114,6 +116,15 @@ def test_pulled_name_is_pinned(cli: Cli, tiny: Path, tmp_path: Path) -> None:
         (("hello", "--prover-command", " "), "--prover-command"),
         (("hello", "--tiles", "3"), "--tiles"),
         (("hello", "--emulate-link", "fast"), "fast"),
+        (("hello", "--digest", "xyz"), "64 hexadecimal digits"),
+        (("hello", "--prover-address", "http://x"), "not an address"),
+        (("hello", "--kv-shield", "static"), "rotary"),
+        (("hello", "--strategy", "dangerous-unverified", "--prover-kv-tokens", 1), "no keys outside"),
+        (("hello", "--receipt", "/no/such/place/r.json"), "there is no directory"),
+        (("hello", "--trace", "/"), "it is a directory"),
+        (("hello", "--n-a", 4), "--n-a: only --numerics float"),
+        (("hello", "--numerics", "float", "--prover-command", "'"), "--prover-command"),
+        (("hello", "--numerics", "float", "--device", "cuda"), "cuda"),
     ],
 )  # fmt: skip
 def test_usage(cli: Cli, tiny: Path, arguments: tuple[object, ...], words: str) -> None:
@@ -123,6 +134,55 @@ def test_usage(cli: Cli, tiny: Path, arguments: tuple[object, ...], words: str) 
 def test_no_such_command(cli: Cli) -> None:
     check(cli("generat", "--json"), 2, "usage", "generat")
     check(cli("generate", "hello", "--json"), 2, "usage", "--model")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("bench", "kernels", "--save", "/etc/passwd/k.jsonl"), "is not a directory"),
+        (("bench", "prefill", "--numerics", "float", "--strategies", "run-ahead"), "floating-point"),
+        (("bench", "decode", "--offload-ratio", "some"), "not a list of numbers"),
+        (("redteam", "-m", "TINY", "--prompts", 3), "--prompts: only --kv-leak"),
+        (("redteam", "-m", "TINY", "--kv-leak", "--trials", 3), "--trials: --kv-leak has no such thing"),
+        (("reproduce",), "Missing argument"),
+        (("reproduce", "published", "--out", "/proc/results"), "cannot make the directory"),
+        (("serve", "-m", "TINY", "--prover-command", ""), "--prover-command is empty"),
+        (("api-key", ""), "name of a user"),
+        (("receipt", "verify", "r.json", "--model-digest", "abc"), "64 hexadecimal digits"),
+    ],
+)
+def test_usage_of_other_commands(cli: Cli, tiny: Path, arguments: tuple[object, ...], words: str) -> None:
+    check(cli(*(tiny if word == "TINY" else word for word in arguments), "--json"), 2, "usage", words)
+
+
+def test_no_arguments_ask_for_help(cli: Cli) -> None:
+    done = cli()
+    assert done.code == 0 and "Commands:" in done.out
+    done = cli("bench")
+    assert (done.code, done.out) == (2, "")
+    assert done.err.splitlines() == [
+        "error[usage]: Missing command.",
+        "hint: `veriattn bench --help` says what is possible",
+    ]
+
+
+def test_standard_streams_that_are_closed(tiny: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "veriattn", "generate", "-m", str(tiny), "--raw", "hello", "--max-tokens", "2"]
+
+    def run(closed: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            ["sh", "-c", f'exec "$0" "$@" {closed}', *command],
+            env=environment(tmp_path), capture_output=True, text=True, timeout=120, check=False,
+        )  # fmt: skip
+
+    text = run("").stdout
+    assert text
+    assert run("<&- 2>&-").stdout == text
+    done = run("<&- >&-")
+    assert (done.returncode, done.stdout) == (0, "") and "verified: 2 tokens" in done.stderr
+    assert run("<&- >&- 2>&-").returncode == 0
+    full = run(">/dev/full")
+    assert full.returncode == 1 and "error[system]" in full.stderr and "Traceback" not in full.stderr
 
 
 def test_no_chat_template(cli: Cli, tmp_path: Path) -> None:

@@ -72,6 +72,8 @@ class Plan:
                 "floating point is measured with one sequence, without a sweep, over the link as it is",
                 hint="--batch 1, without --emulate-link",
             )
+        if self.numerics == "float" and not set(self.strategies) & {"full-tee", "veriattn", "tsdp"}:
+            raise UsageError("none of these strategies has a floating-point form", hint="full-tee, veriattn, tsdp")
         if max(self.batches, default=0) > 64 or min(self.batches, default=0) < 1:
             raise UsageError("--batch takes sizes from 1 to 64")
 
@@ -178,8 +180,11 @@ def _model(plan: Plan, config: ModelConfig, progress: Progress) -> Iterator[Path
         path = plan.model_dir or Path(temporary) / "model"
         Path(temporary).chmod(0o755)  # a prover with a user of its own must be able to read it
         progress(f"writing random weights: {plan.shape}, {config.num_layers} layer(s)")
-        write_random_model(path, config)
-        path.chmod(0o755)
+        try:
+            write_random_model(path, config)
+            path.chmod(0o755)
+        except OSError as error:
+            raise UsageError(f"cannot write the model to {path}: {error.strerror}", hint="--model-dir") from error
         yield path
 
 

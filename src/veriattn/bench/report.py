@@ -292,4 +292,4 @@ def save(path: Path, header: Mapping[str, Any], results: Sequence[Result]) -> No
             for r in results:
                 out.write(json.dumps({**stamp, **r}, allow_nan=False) + "\n")
     except OSError as error:
-        raise UsageError(f"cannot write {path}: {error.strerror}") from error
+        raise UsageError(f"cannot write {path}: {error.strerror}", hint="is there room?") from error

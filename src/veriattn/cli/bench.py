@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import shlex
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,17 +26,19 @@ from veriattn.bench.report import (
 )
 from veriattn.bench.runner import Setup
 from veriattn.bench.shapes import SHAPES
+from veriattn.cli.inputs import check_writable, prover_words
 from veriattn.cli.output import json_option, note, print_json
 from veriattn.engine.strategies import STRATEGIES, Strategy
 from veriattn.errors import UsageError
 from veriattn.home import resolve_model
+from veriattn.verifier.launch import builtin_prover
 from veriattn.wire.emulate import Throttle
 from veriattn.wire.messages import AttentionCheck
 
 _CHECKS = {"replay": AttentionCheck.REPLAY, "transfer": AttentionCheck.TRANSFER}
 
 
-@click.group()
+@click.group(no_args_is_help=False)
 def bench() -> None:
     """Measure kernels, prompts and decoding, beside what this machine could do at best.
 
@@ -55,7 +55,7 @@ save_option = click.option(
 )  # fmt: skip
 
 
-def numbers(text: str, option: str, convert: Callable[[str], float] = float) -> list[float]:
+def numbers(text: str, option: str, convert: Callable[[str], float] = float, example: str = "1,2,...,5") -> list[float]:
     """`a,b,c`, where `a,b,...,z` goes on in steps of b - a. Raises: UsageError."""
     out: list[float] = []
     words = [w.strip() for w in text.split(",")]
@@ -71,7 +71,7 @@ def numbers(text: str, option: str, convert: Callable[[str], float] = float) -> 
                 out.append(convert(str(round(out[-1] + step, 9))))
     except (ValueError, IndexError):
         raise UsageError(
-            f"{option} {text!r} is not a list of numbers", hint=f"for example {option} 1,2,...,5"
+            f"{option} {text!r} is not a list of numbers", hint=f"for example {option} {example}"
         ) from None
     return out
 
@@ -82,7 +82,7 @@ def _ratios(text: str | None) -> tuple[tuple[float | None, ...], float | None]:
         return (), None
     words = text.split(",")
     auto = words[-1].strip() == "auto"
-    values = numbers(",".join(words[:-1] if auto else words), "--offload-ratio")
+    values = numbers(",".join(words[:-1] if auto else words), "--offload-ratio", example="0,.1,...,1")
     if any(not 0 <= v <= 1 for v in values):
         raise UsageError("an offload ratio lies between 0 and 1")
     if len(values) == 1 and not auto:
@@ -163,11 +163,13 @@ def kernels(seconds: float, model: str | None, save_file: Path | None, as_json: 
       veriattn bench kernels --seconds 10
       veriattn bench kernels -m smollm2
     """
+    check_writable(save_file, makes_parents=True)
+    path = None if model is None else resolve_model(model)
     note("measuring the kernels on one thread")
     results = [*kernel_bench.run(seconds), bars.verifier_memory()]
-    if model is not None:
+    if path is not None:
         note("measuring whole runs, on all cores")
-        results += bars.whole_runs(resolve_model(model))
+        results += bars.whole_runs(path)
     if save_file is not None:
         save(save_file, _machine(), results)
     click.echo(table_of_lines(results))
@@ -248,19 +250,13 @@ def _plan(phase: str, steps: int, options: dict[str, Any]) -> Plan:
 
 
 def _prover_command(text: str | None, device: str) -> tuple[str, ...] | None:
-    if text is None:
-        return None if device == "cpu" else (sys.executable, "-m", "veriattn.prover", "--device", device)
-    try:
-        words = tuple(shlex.split(text))
-    except ValueError as error:
-        raise UsageError(f"--prover-command cannot be split into words: {error}") from error
-    if not words:
-        raise UsageError("--prover-command is empty", hint="leave it out for the built-in prover")
-    return words
+    built_in = None if device == "cpu" else builtin_prover(device)
+    return prover_words(text) or built_in
 
 
 def _measure(plan: Plan, options: dict[str, Any]) -> None:
     plan.check()
+    check_writable(options["save_file"], makes_parents=True)
     plot_file: Path | None = options["plot_file"]
     if plot_file is not None:
         pictures.check(plot_file)

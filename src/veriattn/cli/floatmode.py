@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import shlex
 import time
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import click
-from click.core import ParameterSource
 
+from veriattn.cli.inputs import prover_words, read_text, refuse_given
 from veriattn.cli.output import Progress, TextStream, error_json, json_option, note, print_error, print_json
 from veriattn.convert.sources import open_source
 from veriattn.errors import ModelError, UsageError, VeriattnError
@@ -122,12 +120,7 @@ def calibrate(model: str, strategy: str, text: Path | None, as_json: bool, **opt
     config = float_config(strategy, options)
     source = open_source(find_source(model))
     codec = codec_of(source)
-    try:
-        ids = codec.encode((text or _TEXT).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ModelError(f"cannot read {text} as UTF-8 text", hint=str(error)) from error
-    count = options["prompt_tokens"]
-    prompts = calibration_prompts(ids, count)
+    prompts = calibration_prompts(codec.encode(read_text(text or _TEXT)), options["prompt_tokens"])
     progress = Progress()
     try:
         result = calibrate_and_save(
@@ -150,26 +143,17 @@ def calibrate(model: str, strategy: str, text: Path | None, as_json: bool, **opt
     note(NOTICE)
 
 
-def refuse_given(names: Iterable[str], why: str) -> None:
-    """Raises: UsageError where one of these options of the running command was given."""
-    context = click.get_current_context()
-    for name in names:
-        if context.get_parameter_source(name) not in (None, ParameterSource.DEFAULT):
-            raise UsageError(f"--{name.removesuffix('_').replace('_', '-')}: {why}", hint="leave it out")
-
-
 def generate_float(
     model: str, prompts: list[str], options: dict[str, Any], tiling: Tiling | None, *, single: bool, as_json: bool
 ) -> int:
     """`generate --numerics float`: greedy, one prompt after the other. Raises: VeriattnError."""
     refuse_given(sorted(set(options) - _FLOAT_OPTIONS), "--numerics float has no such thing")
     strategy = "veriattn" if options["strategy"] == "run-ahead" else options["strategy"]
-    command = options["prover_command"]
     capacity, ratio = options["prover_kv_tokens"], options["offload_ratio"]
     config = float_config(
         strategy,
         options,
-        prover_command=None if command is None else tuple(shlex.split(command)),
+        prover_command=prover_words(options["prover_command"]),
         tiling=tiling,
         kv_tokens=1 << 30 if capacity is None else capacity,
         offload_ratio=1.0 if ratio is None else ratio,
@@ -248,12 +232,12 @@ def reproduce(
     from veriattn.floatmode.reproduce import run  # noqa: PLC0415
 
     try:
-        content = (text or _TEXT).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ModelError(f"cannot read {text} as UTF-8 text", hint=str(error)) from error
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"cannot make the directory {out}: {error.strerror}", hint="--out DIRECTORY") from error
     result = run(
         what, out, source=None if model is None else find_source(model), exact_model=exact_model, trials=trials,
-        text=content, note=note,
+        text=read_text(text or _TEXT), note=note,
     )  # fmt: skip
     if as_json:
         print_json(result)

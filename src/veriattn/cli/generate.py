@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 import signal
 import sys
 import time
@@ -12,25 +11,25 @@ from typing import Any, Literal, get_args
 
 import click
 
-from veriattn.cli.floatmode import CHECK_OPTIONS, check_options, generate_float, refuse_given
+from veriattn.cli.floatmode import CHECK_OPTIONS, check_options, generate_float
+from veriattn.cli.inputs import Digest, check_writable, model_option, prover_words, refuse_given, threads_option
 from veriattn.cli.output import (
     UNVERIFIED_MARK,
+    Interrupted,
     Progress,
     TextStream,
     error_json,
     json_option,
-    model_option,
     note,
     print_error,
     print_json,
-    threads_option,
 )
 from veriattn.cli.receipt import write_local_receipt
 from veriattn.cli.report import generation_json, in_words
 from veriattn.convert.pull import PUBLISHED
 from veriattn.engine.engine import Engine, EngineConfig, Request, RequestState, TokenOutput
 from veriattn.engine.strategies import STRATEGIES, Strategy
-from veriattn.errors import EXIT_INTERRUPTED, ModelError, UsageError, VeriattnError
+from veriattn.errors import ModelError, UsageError, VeriattnError
 from veriattn.home import models_directory, resolve_model
 from veriattn.native import set_threads
 from veriattn.shield.permutation import ShieldMode
@@ -108,7 +107,10 @@ _MAX_PROMPTS_BYTES = 256 << 20
 )
 @click.option("--prover-command", metavar="CMD", help="Another program as the prover (docs/wire.md).")
 @click.option(
-    "--digest", metavar="SHA256", help="Refuse a model of another digest.  [default: pinned for pulled names]"
+    "--digest",
+    type=Digest(),
+    metavar="SHA256",
+    help="Refuse a model of another digest.  [default: pinned for pulled names]",
 )
 @click.option("--receipt", "receipt_file", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE",
               help="Write a signed receipt, to be checked or replayed (`veriattn receipt`).")  # fmt: skip
@@ -132,6 +134,8 @@ def generate(model: str, prompt: str | None, prompts_file: Path | None, as_json:
     prompts = _prompts(prompt, prompts_file, raw=options["raw"])
     if options["receipt_file"] is not None and prompts_file is not None:
         raise UsageError("--receipt is for one prompt", hint="leave --prompts-file out")
+    check_writable(options["receipt_file"])
+    check_writable(options["trace"])
     if options["numerics"] == "float":
         tiling = _tiling(options["tiles"])
         if tiling == "auto":
@@ -221,7 +225,6 @@ def _engine_config(model: str, path: Path, options: dict[str, Any]) -> EngineCon
     if strategy not in get_args(Strategy):
         raise UsageError(f"unknown strategy {strategy!r}")
     link = options["emulate_link"]
-    command = _command(options["prover_command"])
     return EngineConfig(
         strategy=strategy,
         prefill_chunk=options["prefill_chunk"],
@@ -235,11 +238,11 @@ def _engine_config(model: str, path: Path, options: dict[str, Any]) -> EngineCon
         shield_first_layers=options["shield_first_layers"],
         emulate_link=None if link is None else Throttle.parse(link),
         device=_device(options["device"]),
-        prover_command=command,
+        prover_command=prover_words(options["prover_command"]),
         prover_address=options["prover_address"],
         prover_threads=options["threads"] if options["prover_address"] is None else None,
         trace=options["trace"],
-        expected_digest=None if digest is None else digest.lower(),
+        expected_digest=digest,
     )
 
 
@@ -259,18 +262,6 @@ def _size(text: str) -> int:
     if scale is None or not (digits.isascii() and digits.isdigit()):
         raise UsageError(f"--tee-memory {text!r} is not a size", hint="for example 512M or 4G")
     return int(digits) * scale
-
-
-def _command(text: str | None) -> tuple[str, ...] | None:
-    if text is None:
-        return None
-    try:
-        words = tuple(shlex.split(text))
-    except ValueError as error:
-        raise UsageError(f"--prover-command cannot be split into words: {error}") from error
-    if not words:
-        raise UsageError("--prover-command is empty", hint="leave it out for the built-in prover")
-    return words
 
 
 def _tiling(text: str | None) -> Tiling | Literal["auto"] | None:
@@ -312,7 +303,8 @@ class _Run:
             ids = [engine.submit(self._request(engine, text, params, options)) for text in prompts]
             self._states = [engine.states[i] for i in ids]
             self._body = _body(prompts[0], options)
-            progress("starting the prover", 0, 0)
+            if self._config.strategy != "full-tee":
+                progress("starting the prover", 0, 0)
             self._start(engine)
         finally:
             progress.close()
@@ -324,7 +316,7 @@ class _Run:
         except KeyboardInterrupt:
             # A second Ctrl-C must not cut the account of the first short.
             signal.signal(signal.SIGINT, signal.SIG_IGN)
-            return self._finish(engine, _Interrupted("interrupted"))
+            return self._finish(engine, Interrupted("interrupted"))
         except VeriattnError as error:
             return self._finish(engine, error)
 
@@ -375,7 +367,7 @@ class _Run:
         """Print the account; the exit code."""
         self._stream.end()
         engine.close()
-        interrupted = isinstance(error, _Interrupted)
+        interrupted = isinstance(error, Interrupted)
         for state in self._states:
             engine.cancel(state.sequence.seq_id)
             if not self._single and interrupted and state.text and state.finish_reason == "cancelled":
@@ -409,10 +401,3 @@ class _Run:
                     }
                 )
         return 0 if error is None else error.exit_code
-
-
-class _Interrupted(VeriattnError):
-    """Ctrl-C or SIGTERM after the session was open."""
-
-    code = "interrupted"
-    exit_code = EXIT_INTERRUPTED

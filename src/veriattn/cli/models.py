@@ -8,7 +8,8 @@ from typing import Any
 
 import click
 
-from veriattn.cli.output import Progress, json_option, model_option, note, print_json, threads_option
+from veriattn.cli.inputs import model_option, read_text, threads_option
+from veriattn.cli.output import Progress, json_option, note, print_json
 from veriattn.convert.build import build_model
 from veriattn.convert.pull import pull as pull_model
 from veriattn.convert.quality import KL_LIMIT, PPL_RATIO_LIMIT, Quality, windows_of
@@ -69,7 +70,7 @@ def convert(source: Path, out: Path, calibration_text: Path | None, threads: int
       veriattn convert ./Llama-3.2-1B-Instruct -o ./llama-1b
     """
     _use_threads(threads)
-    text = None if calibration_text is None else _read_text(calibration_text)
+    text = None if calibration_text is None else read_text(calibration_text)
     progress = Progress()
     try:
         report = build_model(
@@ -122,7 +123,7 @@ def evaluate(
     _use_threads(threads)
     path = resolve_model(model)
     directory = ModelDirectory(path)
-    content = _read_text(text)
+    content = read_text(text)
     windows = _windows(directory, content, max_tokens, window)
     reference = _reference(directory, source)
     progress = Progress()
@@ -142,15 +143,6 @@ def evaluate(
 def _use_threads(threads: int | None) -> None:
     if threads is not None:
         set_threads(threads)
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ModelError(f"cannot read {path}: {error.strerror}", hint="name a text file") from error
-    except UnicodeDecodeError as error:
-        raise ModelError(f"{path} is not UTF-8 text (byte {error.start})", hint="save it as UTF-8") from error
 
 
 def _warnings(quality: Quality) -> list[str]:

@@ -11,15 +11,11 @@ from typing import Any
 
 import click
 
-from veriattn.errors import VeriattnError
+from veriattn.errors import EXIT_INTERRUPTED, VeriattnError
 
 UNVERIFIED_MARK = "[UNVERIFIED] "
 
 json_option = click.option("--json", "as_json", is_flag=True, help="One JSON object on the last line of the output.")
-threads_option = click.option(
-    "--threads", type=click.IntRange(1, 1024), help="Threads of the native kernels.  [default: all cores]"
-)
-model_option = click.option("-m", "--model", required=True, metavar="MODEL", help="A model directory or a pulled name.")
 
 
 def print_json(data: Mapping[str, Any]) -> None:
@@ -42,6 +38,13 @@ def print_error(error: VeriattnError) -> None:
 def note(text: str) -> None:
     """A line for people."""
     click.echo(text, err=True)
+
+
+class Interrupted(VeriattnError):
+    """Ctrl-C or SIGTERM."""
+
+    code = "interrupted"
+    exit_code = EXIT_INTERRUPTED
 
 
 class Progress:

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from veriattn.cli.output import json_option, note, print_json, threads_option
+from veriattn.cli.inputs import Digest, check_writable, threads_option
+from veriattn.cli.output import json_option, note, print_json
 from veriattn.errors import EXIT_OK, EXIT_VERIFICATION, AttestationError, UsageError
 from veriattn.home import resolve_model
 from veriattn.native import set_threads
@@ -35,7 +36,7 @@ _api_key = click.option(
 _ca = click.option("--ca", type=_FILE, metavar="FILE", help="For a URL: certificate authorities (PEM).")
 
 
-@click.group()
+@click.group(no_args_is_help=False)
 def receipt() -> None:
     """Check what a server answered: by its receipt and attestation, or by computing it again.
 
@@ -53,7 +54,8 @@ def receipt() -> None:
     "--policy", "policy_file", type=_FILE, metavar="FILE", help="What you accept: pinned measurements, models."
 )
 @click.option("-m", "--model", metavar="MODEL", help="Accept this local model's digest.")
-@click.option("--model-digest", multiple=True, metavar="SHA256", help="Accept this model digest. May be repeated.")
+@click.option("--model-digest", type=Digest(), multiple=True, metavar="SHA256",
+              help="Accept this model digest. May be repeated.")  # fmt: skip
 @_request
 @_response
 @click.option("--nonce", metavar="HEX", help="The nonce that you sent with the request.")
@@ -82,6 +84,7 @@ def verify(source: str, ident: str | None, as_json: bool, **options: Any) -> int
         --request request.json --response response.json --nonce 0f3a...
     """
     _need_packages()
+    check_writable(options["save"])
     from veriattn.attest.quotes import production_verifiers  # noqa: PLC0415 - an extra
     from veriattn.attest.verify import Expectations, ReceiptVerifier  # noqa: PLC0415
 
@@ -174,7 +177,7 @@ def _policy(path: Path | None) -> Policy:
 
 
 def _digests(options: dict[str, Any]) -> list[str]:
-    digests = [d.lower() for d in options["model_digest"]]
+    digests = list(options["model_digest"])
     if options["model"] is not None:
         digests.append(read_manifest(resolve_model(options["model"])).digest)
     return digests

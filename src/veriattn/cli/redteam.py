@@ -7,8 +7,9 @@ from typing import Any
 
 import click
 
-from veriattn.cli.output import Progress, error_json, json_option, model_option, note, print_error, print_json
-from veriattn.errors import EXIT_INTERNAL, EXIT_OK, InternalError, ModelError, UsageError
+from veriattn.cli.inputs import model_option, read_text, refuse_given
+from veriattn.cli.output import Progress, error_json, json_option, note, print_error, print_json
+from veriattn.errors import EXIT_INTERNAL, EXIT_OK, InternalError, UsageError
 from veriattn.home import resolve_model
 
 
@@ -48,7 +49,9 @@ def redteam(
       veriattn redteam -m smollm2 --kv-leak --text valid.txt
     """
     if kv_leak:
+        refuse_given(("trials", "seed", "attacks"), "--kv-leak has no such thing")
         return _kv_leak(resolve_model(model), text, prompts, as_json)
+    refuse_given(("text", "prompts"), "only --kv-leak takes prompts")
     # A lying prover has no business in the process of any other command.
     from veriattn.redteam.campaign import run  # noqa: PLC0415
 
@@ -78,10 +81,7 @@ def _kv_leak(path: Path, text: Path | None, prompts: int, as_json: bool) -> int:
 
     if text is None:
         raise UsageError("--kv-leak needs prompts of real text", hint="--text FILE, a few thousand words")
-    try:
-        content = text.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ModelError(f"cannot read {text} as UTF-8 text", hint=str(error)) from error
+    content = read_text(text)
     progress = Progress()
     try:
         result = run(path, content, prompts, lambda case, done, total: progress(f"shield {case}", done, total))

@@ -112,13 +112,14 @@ def _timing(states: Sequence[RequestState]) -> dict[str, float | None]:
 def in_words(data: dict[str, Any], released: int) -> str:
     """One line: what was checked, by what strategy, how fast."""
     checks, timing = data["checks"], data["timing"]
+    tokens = f"{released} token{'' if released == 1 else 's'}"
     if data["guarantee"] == "none":
-        what = f"{released} tokens, none of them checked (dangerous-unverified)"
+        what = f"{tokens}, none of them checked (dangerous-unverified)"
     elif data["guarantee"] == "trusted-compute":
-        what = f"{released} tokens computed here, nothing outsourced (full-tee)"
+        what = f"{tokens} computed here, nothing outsourced (full-tee)"
     else:
         what = (
-            f"verified: {released} tokens, each shown after its checks ({checks['linear_rows']} linear and "
+            f"verified: {tokens}, each shown after its checks ({checks['linear_rows']} linear and "
             f"{checks['attention_rows']} attention rows; a lie passes with probability <= 2^-{data['soundness_bits']})"
         )
     rate = timing["decode_tokens_per_s"]

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import shlex
 from pathlib import Path
 from typing import Any
 
 import click
 
-from veriattn.cli.output import json_option, model_option, note, print_json, threads_option
+from veriattn.cli.inputs import Digest, model_option, prover_words, threads_option
+from veriattn.cli.output import json_option, note, print_json
 from veriattn.convert.pull import PUBLISHED
 from veriattn.errors import UsageError
 from veriattn.home import models_directory, resolve_model
@@ -28,13 +28,6 @@ def _need_extra() -> None:
         )
 
 
-def _words(command: str | None) -> list[str] | None:
-    try:
-        return None if command is None else shlex.split(command)
-    except ValueError as e:
-        raise UsageError(f"--prover-command cannot be split into words: {e}") from None
-
-
 @click.command()
 @model_option
 @click.option("--config", type=click.Path(path_type=Path), metavar="FILE", help="Settings in TOML (docs/serving.md).")
@@ -45,7 +38,7 @@ def _words(command: str | None) -> list[str] | None:
 @click.option("--strategy", help="Where the work is done.  [default: run-ahead]")
 @click.option("--device", help="Where the prover runs, cpu or cuda.  [default: cpu]")
 @click.option("--prover-command", metavar="CMD", help="Another program as the prover (docs/wire.md).")
-@click.option("--digest", metavar="SHA256", help="Refuse a model of another digest.")
+@click.option("--digest", type=Digest(), metavar="SHA256", help="Refuse a model of another digest.")
 @click.option("--demo", is_flag=True, help="The page gets a switch that makes the prover lie.")
 @threads_option
 @json_option
@@ -65,6 +58,7 @@ def serve(model: str, config: Path | None, as_json: bool, **options: Any) -> int
     from veriattn.server.config import load_config  # noqa: PLC0415
     from veriattn.server.run import serve as run_server  # noqa: PLC0415
 
+    command = prover_words(options["prover_command"])
     path = resolve_model(model)
     digest: str | None = options["digest"]
     if digest is None and model in PUBLISHED and path == models_directory() / model:
@@ -79,7 +73,7 @@ def serve(model: str, config: Path | None, as_json: bool, **options: Any) -> int
             "demo": options["demo"] or None,
             "engine.strategy": options["strategy"],
             "engine.device": options["device"],
-            "engine.prover_command": _words(options["prover_command"]),
+            "engine.prover_command": None if command is None else list(command),
             "engine.expected_digest": digest,
         },
     )
@@ -109,8 +103,10 @@ def api_key(name: str, as_json: bool, **quotas: int) -> int:
       veriattn api-key alice --tokens-per-day 100000
     """
     _need_extra()
-    from veriattn.server.auth import new_key  # noqa: PLC0415
+    from veriattn.server.auth import ANONYMOUS, new_key  # noqa: PLC0415
 
+    if name in ("", ANONYMOUS):
+        raise UsageError(f"{name!r} cannot be the name of a user", hint="give another")
     key, digest = new_key()
     lines = ["[[key]]", f"id = {json.dumps(name)}", f'sha256 = "{digest}"']
     lines += [f"{quota} = {value}" for quota, value in quotas.items() if value]

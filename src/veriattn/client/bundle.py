@@ -52,7 +52,7 @@ class Bundle:
                 f.write("\n")
             temporary.replace(path)
         except OSError as e:
-            raise ModelError(f"cannot write {path}: {e.strerror}") from None
+            raise ModelError(f"cannot write {path}: {e.strerror}", hint="is there room, may you write there?") from None
 
     @classmethod
     def load(cls, path: str | Path) -> Bundle:
@@ -79,7 +79,7 @@ def read_file(path: str | Path) -> bytes:
         with Path(path).open("rb") as f:
             raw = f.read(_MAX_BYTES + 1)
     except OSError as e:
-        raise ModelError(f"cannot read {path}: {e.strerror}") from None
+        raise ModelError(f"cannot read {path}: {e.strerror}", hint="name a file that you may read") from None
     if len(raw) > _MAX_BYTES:
         raise ModelError(f"{path} is larger than {_MAX_BYTES} bytes")
     return raw

@@ -106,7 +106,8 @@ class HfSource:
         except UnicodeDecodeError as error:
             raise ModelError(f"{path} is not UTF-8") from error
         except OSError as error:
-            raise ModelError(f"cannot read {path}: {error.strerror}") from error
+            hint = "a Hugging Face directory holds config.json, tokenizer.json and safetensors"
+            raise ModelError(f"cannot read {path}: {error.strerror}", hint=hint) from error
 
     def _optional(self, name: str) -> dict[str, Any]:
         path = self.path / name

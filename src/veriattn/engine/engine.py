@@ -23,6 +23,7 @@ from veriattn.verifier.session import SessionConfig
 from veriattn.verifier.tiling import Tiling
 from veriattn.wire.emulate import Throttle
 from veriattn.wire.messages import AttentionCheck
+from veriattn.wire.stream import parse_address
 
 
 @dataclass(frozen=True)
@@ -146,6 +147,8 @@ class Engine:
         c = self.config
         if c.prover_address is not None and (c.prover_command is not None or c.prover_threads is not None):
             raise ConfigError("a prover at an address is started, and given threads, where it is")
+        if c.prover_address is not None:
+            parse_address(c.prover_address)
         if c.trace is not None and c.strategy == "full-tee":
             raise ConfigError("a trace shows both sides of a link, full-tee has none", hint="choose another strategy")
         self._trace: Trace = NO_TRACE if c.trace is None else Trace()
@@ -279,9 +282,6 @@ class Engine:
                 raise
             self.restarts += 1
             return self.step()
-        except VeriattnError:
-            self.reset()
-            raise
         except BaseException:
             self.reset()
             raise

@@ -18,7 +18,7 @@ from veriattn.spec.modelfile import Manifest, ModelDirectory, TensorCollector
 from veriattn.spec.reference import F32, I8
 from veriattn.verifier.memory import Need, reserve
 from veriattn.verifier.model import VerifierModel
-from veriattn.verifier.session import Flow, Launcher, Session, SessionConfig
+from veriattn.verifier.session import Flow, Launcher, Session, SessionConfig, check_flow
 
 Strategy = Literal["run-ahead", "veriattn", "tsdp", "full-tee", "dangerous-unverified"]
 STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
@@ -244,8 +244,9 @@ def load(
             weights.chat_template,
             lambda: FullTeeExecutor(weights, config.kv_tokens, config.max_sequences, config.tee_memory_bytes),
         )
-    model = VerifierModel(path, expected_digest=expected_digest, on_bytes=on_bytes)
     flow = Flow(strategy)
+    check_flow(config, flow)
+    model = VerifierModel(path, expected_digest=expected_digest, on_bytes=on_bytes)
     return LoadedModel(
         strategy,
         model.manifest,

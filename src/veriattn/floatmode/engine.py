@@ -67,6 +67,8 @@ class FloatConfig:
             raise UsageError("the offload ratio must lie in [0, 1] and the prover's capacity be no less than 0")
         if self.backend not in ("numpy", "torch"):
             raise UsageError(f"unknown backend {self.backend!r}", hint="numpy or torch")
+        if self.backend == "numpy" and self.device != "cpu":
+            raise UsageError(f"NumPy does not run on {self.device}", hint="--backend torch")
 
     @property
     def sent_exp_format(self) -> Format:

@@ -109,6 +109,20 @@ class SessionConfig:
                 raise ConfigError(f"{name} = {value} is negative")
 
 
+def check_flow(config: SessionConfig, flow: Flow) -> None:
+    """Needs no model, so that nobody waits for one in vain. Raises: UsageError for settings that the flow has no use for."""
+    shielded = config.kv_shield != "off" or config.shield_first_layers
+    if shielded and flow.mode is not Mode.OPERATIONS:
+        raise UsageError(
+            f"a KV shield does not work with strategy {flow.value}, where the prover applies the rotary step",
+            hint="use --strategy veriattn or tsdp",
+        )
+    if flow is Flow.UNVERIFIED and (config.prover_kv_tokens, config.prover_kv_total) != (None, None):
+        raise UsageError(
+            f"strategy {flow.value} has no keys outside of the prover", hint="leave the prover's capacity out"
+        )
+
+
 @dataclass
 class SessionStats:
     """Counters of a session; times in seconds, sizes in bytes."""
@@ -176,12 +190,7 @@ class Session:
         Raises: ProverFault and below; ModelError when fresh keys need the weights and they have changed.
         """
         self.config = config or SessionConfig()
-        shielded = self.config.kv_shield != "off" or self.config.shield_first_layers
-        if shielded and flow.mode is not Mode.OPERATIONS:
-            raise UsageError(
-                f"a KV shield does not work with strategy {flow.value}, where the prover applies the rotary step",
-                hint="use --strategy veriattn or tsdp",
-            )
+        check_flow(self.config, flow)
         self.model = model
         self.stats = SessionStats()
         self._lengths: dict[int, int] = {}
@@ -194,10 +203,6 @@ class Session:
             vocab_size=model.tensors.config.vocab_size,
         )
         self.flow = flow
-        if flow is Flow.UNVERIFIED and (self.config.prover_kv_tokens, self.config.prover_kv_total) != (None, None):
-            raise UsageError(
-                f"strategy {flow.value} has no keys outside of the prover", hint="leave the prover's capacity out"
-            )
         self._keys = None if flow is Flow.UNVERIFIED else model.take_keys()
         self._checker: ClaimChecker | None = None
         self._ops: Operations | None = None
