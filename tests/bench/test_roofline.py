@@ -23,7 +23,6 @@ from veriattn.bench.roofline import (
     linear_operations,
     linear_seconds,
     overlapped,
-    step_floor,
     visible_scores,
 )
 from veriattn.bench.shapes import shape
@@ -128,13 +127,11 @@ def test_the_linears_of_a_layer_move_what_is_on_paper() -> None:
         assert 0 <= 4 * 5 * CLAIMS + 4 * 32 - claims < 4  # headers do not divide evenly
 
 
-def test_the_vocabulary_comes_once_and_layers_add_up() -> None:
+def test_the_vocabulary_comes_on_top_of_the_layers() -> None:
     head = head_floor(TINY, None, 2, RATES)
     assert head.seconds == 2 * 320 * 64 / 8
     assert head_floor(TINY, Flow.TSDP, 2, RATES).seconds == 2 * 320 * 64 / 8 + 2 * 320 * 0.25
     assert head_floor(TINY, Flow.RUN_AHEAD, 0, RATES).seconds == 0.0
-    layer, _ = layer_floor(TINY, None, [Part(0, 4), Part(7, 1)], RATES)
-    assert step_floor(TINY, None, [Part(0, 4), Part(7, 1)], 2, RATES) == layer * 2 + head
 
 
 def test_an_emulated_link_is_no_faster_than_the_real_one() -> None:

@@ -298,17 +298,3 @@ def head_floor(c: ModelConfig, flow: Flow | None, rows: int, r: Rates) -> Floor:
         check_seconds(r.tee, out, width, rows),
     )
     return overlapped(op, r) if flow is Flow.RUN_AHEAD else in_turns(op, r, replay=False)
-
-
-def step_floor(
-    c: ModelConfig,
-    flow: Flow | None,
-    parts: Sequence[Part],
-    logit_rows: int,
-    r: Rates,
-    cut: Tiling | None = None,
-    transfer: bool = False,
-) -> Floor:
-    """One step of the whole model."""
-    layer, _ = layer_floor(c, flow, parts, r, cut, transfer)
-    return layer * c.num_layers + head_floor(c, flow, logit_rows, r)

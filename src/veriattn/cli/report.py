@@ -26,7 +26,7 @@ def generation_json(
     report = engine.report()
     verified = engine.guarantee != "none"
     cached = sum(len(s.request.prompt_ids) + max(0, len(s.output_ids) - 1) for s in states)
-    results = [_result(engine, state, logprobs) for state in states]
+    results = [_result(state, logprobs) for state in states]
     top: dict[str, Any] = results[0] if single else {"results": results}
     return {
         **top,
@@ -78,7 +78,7 @@ def _kv(engine: Engine, report: ExecutorReport, cached: int) -> dict[str, Any]:
     }
 
 
-def _result(engine: Engine, state: RequestState, logprobs: dict[int, list[dict[str, Any]]]) -> dict[str, Any]:
+def _result(state: RequestState, logprobs: dict[int, list[dict[str, Any]]]) -> dict[str, Any]:
     out: dict[str, Any] = {
         "text": state.text,
         "token_ids": list(state.output_ids),

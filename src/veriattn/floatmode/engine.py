@@ -301,16 +301,10 @@ def open_checked(model: FloatModel, config: FloatConfig, tolerances: Tolerances 
     return FloatSession(model, config, bounded(tolerances.get))
 
 
-def reference_tokens(source: Source, prompt: Sequence[int], max_tokens: int, stop: Sequence[int] = ()) -> list[int]:
-    """Greedy tokens of `FloatReference` itself."""
-    reference = FloatReference(source)
-    return reference_greedy(reference, prompt, max_tokens, stop)
-
-
 def reference_greedy(
     reference: FloatReference, prompt: Sequence[int], max_tokens: int, stop: Sequence[int] = ()
 ) -> list[int]:
-    """The same with a reference that is open already."""
+    """Greedy tokens of the float reference itself."""
     cache = FloatKVCache(reference.config)
     ids, out = list(prompt), []
     for _ in range(max_tokens):

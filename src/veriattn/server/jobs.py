@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from veriattn.engine.engine import Request, TokenOutput
 from veriattn.errors import VeriattnError
-
-_numbers = itertools.count()
 
 
 @dataclass(frozen=True)
@@ -54,7 +51,6 @@ class Job:
     loop: asyncio.AbstractEventLoop
     lie_after: int | None = None
     events: asyncio.Queue[Event] = field(default_factory=asyncio.Queue)
-    number: int = field(default_factory=lambda: next(_numbers))
     submitted: float = field(default_factory=time.monotonic)
     choice_of: dict[int, int] = field(default_factory=dict)
     open_choices: int = 0

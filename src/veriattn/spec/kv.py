@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 
 from veriattn.errors import InternalError
-from veriattn.spec.reference import F32, I8
 
 #: Keys per page; also the unit in which challenge sums are kept and a cache is split between prover and verifier.
 PAGE = 256
@@ -176,6 +175,3 @@ def attention_cache(kv_heads: int, head_dim: int, max_pages: int) -> PagedCache:
         },
         max_pages,
     )
-
-
-KvArrays = tuple[I8, F32, I8]

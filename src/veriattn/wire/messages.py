@@ -138,18 +138,6 @@ _LIMIT_NAMES = ("max_tokens_per_step", "max_sequences", "max_positions", "kv_tok
 
 
 @dataclass(frozen=True, slots=True)
-class Header:
-    """The 32 bytes before every payload."""
-
-    magic: int
-    kind: int
-    flags: int
-    session: int
-    seq: int
-    payload_bytes: int
-
-
-@dataclass(frozen=True, slots=True)
 class Hello:
     """First message of a session: what is to be run and within which limits."""
 
@@ -217,11 +205,6 @@ def printable(raw: bytes, limit: int = 256) -> str:
 def encode_header(kind: int, session: int, seq: int, payload_bytes: int) -> bytes:
     """The 32 header bytes of a message."""
     return HEADER.pack(MAGIC, kind, 0, session, seq, payload_bytes)
-
-
-def decode_header(raw: Buffer) -> Header:
-    """Split 32 private bytes into fields; checks nothing."""
-    return Header(*HEADER.unpack(byte_view(raw)))
 
 
 # -- verifier -> prover ------------------------------------------------------------------------------------------

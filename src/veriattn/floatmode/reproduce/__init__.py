@@ -12,8 +12,6 @@ from veriattn.floatmode.engine import FloatModel
 from veriattn.floatmode.reproduce import attacks, exact_twins, lemmas, published, table1, table2, underflow
 from veriattn.floatmode.reproduce.report import write
 
-WHAT = ("table1", "table2", "lemmas", "underflow", "attacks", "published")
-
 
 def run(
     what: str,
@@ -25,7 +23,10 @@ def run(
     text: str = "",
     note: Callable[[str], None] = lambda _line: None,
 ) -> dict[str, Any]:
-    """One reproduction; returns what was written to `out`/WHAT.json. Raises: UsageError, ModelError."""
+    """One reproduction; returns what was written to `out`/`what`.json. Raises: UsageError, ModelError.
+
+    what: table1, table2, lemmas, underflow, attacks, published.
+    """
     if what in ("lemmas", "published"):
         module = lemmas if what == "lemmas" else published
         return write(out, what, module.measure(trials), module.plot)
@@ -38,7 +39,7 @@ def run(
         return write(out, what, table2.measure(model, text, note), table2.plot)
     if what == "underflow":
         return write(out, what, underflow.measure(model, text, trials), underflow.plot)
-    result = attacks.measure(model, text, trials, note)
+    result = attacks.measure(model, text, note)
     if exact_model is not None:
         result["exact"] = exact_twins.measure(exact_model, trials, note)
     return write(out, what, result, attacks.plot)

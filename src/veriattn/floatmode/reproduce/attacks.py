@@ -231,8 +231,8 @@ def learn(target: Target) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def measure(model: FloatModel, text: str, trials: int, note: Callable[[str], None]) -> dict[str, Any]:
-    """All attacks per format. `trials` bounds the learning attack's forgeries alone; the others use their own counts."""
+def measure(model: FloatModel, text: str, note: Callable[[str], None]) -> dict[str, Any]:
+    """All attacks per format; how often each is tried is fixed here."""
     ids = token_ids(model, text, 700)
     heads = capture(model, ids[200 : 200 + TOKENS])
     kv = model.config.num_kv_heads

@@ -22,9 +22,6 @@ from veriattn.prover.cuda import numerics as nm
 from veriattn.prover.cuda.cache import KvPages
 from veriattn.prover.cuda.launch import ceil_div, interpreted, launch, next_power_of_two
 
-#: int64 words of one run in the plan: first row, rows, start, first page in the tables, keys, offset of its scores.
-RUN_WORDS = 6
-
 
 @dataclass(frozen=True)
 class RunPlace:
@@ -44,7 +41,11 @@ class RunPlace:
 
 @dataclass(frozen=True)
 class Plan:
-    """Runs and row tiles as arrays for the kernels; int32 tiles (count, 2): run, first row in units of a row and head."""
+    """Runs and row tiles as arrays for the kernels.
+
+    runs_i64 (runs, 6): first row, rows, start, first page in the tables, keys, offset of its scores.
+    tiles_i32 (tiles, 2): run, first row in units of a row and head.
+    """
 
     runs_i64: npt.NDArray[np.int64]
     tables_i32: npt.NDArray[np.int32]

@@ -16,10 +16,6 @@ from veriattn.prover.backend import ClaimSink
 
 _ALIGN = 256
 
-NUMPY_TYPES: dict[torch.dtype, Any] = {
-    torch.int32: np.int32, torch.int64: np.int64, torch.float32: np.float32, torch.uint32: np.uint32
-}  # fmt: skip
-
 
 def aligned(size: int) -> int:
     return -(-size // _ALIGN) * _ALIGN
