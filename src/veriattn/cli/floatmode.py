@@ -12,7 +12,7 @@ import click
 from veriattn.cli.inputs import prover_words, read_text, refuse_given
 from veriattn.cli.output import Progress, TextStream, error_json, json_option, note, print_error, print_json
 from veriattn.convert.sources import open_source
-from veriattn.errors import ModelError, UsageError, VeriattnError
+from veriattn.errors import ModelError, VeriattnError
 from veriattn.floatmode.calibrate import calibrate_and_save, calibration_prompts
 from veriattn.floatmode.engine import FloatConfig, FloatModel, codec_of, open_checked, run_json, tolerance_file
 from veriattn.floatmode.params import FORMATS, GUARANTEE, NOTICE, CheckParams
@@ -202,16 +202,17 @@ def generate_float(
 @click.command()
 @click.argument("what", type=click.Choice(["table1", "table2", "lemmas", "underflow", "attacks", "published"]))
 @click.option("-m", "--model", metavar="SRC", help="A float checkpoint or a pulled name.")
-@click.option("--exact-model", type=click.Path(path_type=Path, exists=True, file_okay=False), metavar="DIR",
+@click.option("--exact-model", metavar="MODEL",
               help="attacks: the same ones on exact numerics with this canonical model.")  # fmt: skip
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), default=Path("paper-results"),
               show_default=True, help="Where JSON and plot go.")  # fmt: skip
 @click.option("--text", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE",
               help="Text for activations and calibration.  [default: one that ships]")  # fmt: skip
-@click.option("--trials", type=click.IntRange(1), default=1000, show_default=True, help="Of each kind.")
+@click.option("--trials", type=click.IntRange(1), default=1000, show_default=True,
+              help="Of each kind (`attacks` has counts of its own, but for --exact-model).")  # fmt: skip
 @json_option
 def reproduce(
-    what: str, model: str | None, exact_model: Path | None, out: Path, text: Path | None, trials: int, as_json: bool
+    what: str, model: str | None, exact_model: str | None, out: Path, text: Path | None, trials: int, as_json: bool
 ) -> None:
     """Measure on this machine what the paper measured, or attack its tolerances; writes JSON and a plot.
 
@@ -231,12 +232,9 @@ def reproduce(
     # Experiments and attacks have no business in the process of any other command.
     from veriattn.floatmode.reproduce import run  # noqa: PLC0415
 
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"cannot make the directory {out}: {error.strerror}", hint="--out DIRECTORY") from error
     result = run(
-        what, out, source=None if model is None else find_source(model), exact_model=exact_model, trials=trials,
+        what, out, source=None if model is None else find_source(model),
+        exact_model=None if exact_model is None else resolve_model(exact_model), trials=trials,
         text=read_text(text or _TEXT), note=note,
     )  # fmt: skip
     if as_json:

@@ -27,11 +27,16 @@ def run(
 
     what: table1, table2, lemmas, underflow, attacks, published.
     """
-    if what in ("lemmas", "published"):
+    needs_nothing = what in ("lemmas", "published")
+    if source is None and not needs_nothing:
+        raise UsageError(f"{what} needs a float checkpoint", hint="-m NAME_OR_FILE")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"cannot make the directory {out}: {error.strerror}", hint="name another") from error
+    if needs_nothing or source is None:
         module = lemmas if what == "lemmas" else published
         return write(out, what, module.measure(trials), module.plot)
-    if source is None:
-        raise UsageError(f"{what} needs a float checkpoint", hint="-m NAME_OR_FILE")
     model = FloatModel(open_source(source))
     if what == "table1":
         return write(out, what, table1.measure(model, text, trials, note), table1.plot)
