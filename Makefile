@@ -100,4 +100,4 @@ native: $(if $(filter $(BIN)/python,$(PY)),$(VENV)/.dev)
 	PATH="$(dir $(abspath $(PY))):$$PATH" $(PY) tools/build_native.py
 
 clean:
-	rm -rf $(VENV) $(VENV_TORCH) build dist src/veriattn/native/_native*.so
+	rm -rf $(VENV) $(VENV_TORCH) $(VENV_PEERS) build dist src/veriattn/native/_native*.so
