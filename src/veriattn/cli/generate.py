@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 import click
 
 from veriattn.cli.floatmode import CHECK_OPTIONS, check_options, generate_float
-from veriattn.cli.inputs import Digest, check_writable, model_option, prover_words, refuse_given, threads_option
+from veriattn.cli.inputs import check_digest, check_writable, model_option, prover_words, refuse_given, threads_option
 from veriattn.cli.output import (
     UNVERIFIED_MARK,
     Interrupted,
@@ -108,7 +108,7 @@ _MAX_PROMPTS_BYTES = 256 << 20
 @click.option("--prover-command", metavar="CMD", help="Another program as the prover (docs/wire.md).")
 @click.option(
     "--digest",
-    type=Digest(),
+    callback=check_digest,
     metavar="SHA256",
     help="Refuse a model of another digest.  [default: pinned for pulled names]",
 )

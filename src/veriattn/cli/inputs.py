@@ -13,17 +13,16 @@ from click.core import ParameterSource
 from veriattn.errors import ModelError, UsageError
 
 
-class Digest(click.ParamType):
-    """64 hexadecimal digits, in lower case from here on."""
-
-    name = "sha256"
-
-    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        """As click has it. Raises: click.BadParameter."""
-        digits = value.lower()
-        if len(digits) != 64 or not set(digits) <= set("0123456789abcdef"):
-            self.fail(f"{value!r} is not 64 hexadecimal digits", param, ctx)
-        return digits
+def check_digest(
+    _context: click.Context, _parameter: click.Parameter, value: str | tuple[str, ...] | None
+) -> str | tuple[str, ...] | None:
+    """Callback of options that take SHA-256 digests: in lower case from here on. Raises: click.BadParameter."""
+    given = [] if value is None else [value] if isinstance(value, str) else value
+    digests = tuple(text.lower() for text in given)
+    for text in digests:
+        if len(text) != 64 or not set(text) <= set("0123456789abcdef"):
+            raise click.BadParameter(f"{text!r} is not 64 hexadecimal digits")
+    return digests if isinstance(value, tuple) else next(iter(digests), None)
 
 
 threads_option = click.option(

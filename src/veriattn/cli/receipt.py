@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from veriattn.cli.inputs import Digest, check_writable, threads_option
+from veriattn.cli.inputs import check_digest, check_writable, threads_option
 from veriattn.cli.output import json_option, note, print_json
 from veriattn.errors import EXIT_OK, EXIT_VERIFICATION, AttestationError, UsageError
 from veriattn.home import resolve_model
@@ -54,7 +54,7 @@ def receipt() -> None:
     "--policy", "policy_file", type=_FILE, metavar="FILE", help="What you accept: pinned measurements, models."
 )
 @click.option("-m", "--model", metavar="MODEL", help="Accept this local model's digest.")
-@click.option("--model-digest", type=Digest(), multiple=True, metavar="SHA256",
+@click.option("--model-digest", callback=check_digest, multiple=True, metavar="SHA256",
               help="Accept this model digest. May be repeated.")  # fmt: skip
 @_request
 @_response

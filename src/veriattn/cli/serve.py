@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from veriattn.cli.inputs import Digest, model_option, prover_words, threads_option
+from veriattn.cli.inputs import check_digest, model_option, prover_words, threads_option
 from veriattn.cli.output import json_option, note, print_json
 from veriattn.convert.pull import PUBLISHED
 from veriattn.errors import UsageError
@@ -38,7 +38,7 @@ def _need_extra() -> None:
 @click.option("--strategy", help="Where the work is done.  [default: run-ahead]")
 @click.option("--device", help="Where the prover runs, cpu or cuda.  [default: cpu]")
 @click.option("--prover-command", metavar="CMD", help="Another program as the prover (docs/wire.md).")
-@click.option("--digest", type=Digest(), metavar="SHA256", help="Refuse a model of another digest.")
+@click.option("--digest", callback=check_digest, metavar="SHA256", help="Refuse a model of another digest.")
 @click.option("--demo", is_flag=True, help="The page gets a switch that makes the prover lie.")
 @threads_option
 @json_option
