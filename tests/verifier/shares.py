@@ -37,7 +37,8 @@ class ThreadProver:
         def run() -> None:
             channel = accept_channel(theirs)
             try:
-                serve(channel, lambda hello: cpu_backend(hello, finder), make_sink)
+                # Nothing is wiped at the end of a sequence: the verifier's kernels run in this process, and are running then.
+                serve(channel, lambda hello: cpu_backend(hello, finder), make_sink, wipe=lambda: None)
             finally:
                 channel.close()
 
