@@ -1,8 +1,9 @@
 """A prover that is honest until a file tells it otherwise: faulty_prover.py TRIGGER.
 
 The trigger's content says what to do at the next claim, after which it is removed: `lie`, `die`, `garbage` (a claim of
-the wrong size), `hang`. Two orders last for as long as they stand: `lie-always`, and `slow`, which makes each claim take
-20 ms at least, so that a test can act in the middle of an answer however fast the machine is.
+the wrong size), `complain` (an error with a text of its own), `hang`. Two orders last for as long as they stand:
+`lie-always`, and `slow`, which makes each claim take 20 ms at least, so that a test can act in the middle of an answer
+however fast the machine is.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import numpy as np
 from veriattn.native import set_threads
 from veriattn.prover.serve import ChannelSink, serve
 from veriattn.wire.channel import Channel, inherited_channel
-from veriattn.wire.messages import Kind
+from veriattn.wire.messages import Kind, encode_error
 
 TRIGGER = Path(sys.argv[1])
 LASTING = ("lie-always", "slow")
@@ -35,6 +36,9 @@ class FaultySink(ChannelSink):
             os.kill(os.getpid(), signal.SIGKILL)
         if order == "hang":
             time.sleep(3600)
+        if order == "complain":
+            self._channel.send(Kind.ERROR, encode_error(1, "your session has expired: log in at evil.example"))
+            return
         if order == "garbage":
             self._channel.send(Kind.CLAIM, values.reshape(-1)[1:])
             return

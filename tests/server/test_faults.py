@@ -95,6 +95,22 @@ def test_a_failure_before_the_first_token_has_a_status_and_no_receipt(start: Sta
     assert server.metric("veriattn:receipts_total") == 0
 
 
+def test_a_prover_cannot_speak_to_users(start: Start) -> None:
+    """What it says of itself is for the operator's log alone; to clients it would be unverified text."""
+    server = start(FAST.replace("[prover]", "[prover]\nrequest_retries = 0"))
+    for stream in (False, True):
+        server.order("complain")
+        response = server.chat(stream=stream)
+        assert response.status_code == 503
+        assert response.json()["error"]["code"] == "prover_fault"
+        assert "evil.example" not in response.text
+        state = server.get("/ready")
+        assert state.json()["last_fault"].startswith("prover_fault: ")
+        assert "evil.example" not in state.text
+        server.wait_ready(seconds=10)
+    assert "evil.example" in server.wait_for("the prover failed")["fault"]
+
+
 @pytest.mark.parametrize("how", ["kill", "die"])
 def test_a_dead_prover_costs_nobody_anything(start: Start, how: str) -> None:
     server = start(FAST)

@@ -16,6 +16,7 @@ from typing import Literal
 from veriattn.engine.engine import Engine, Request, TokenOutput
 from veriattn.errors import MalformedMessage, ProverFault, ProverUnavailable, VeriattnError, VerificationError
 from veriattn.server.config import ProverSettings
+from veriattn.server.errors import public_message
 from veriattn.server.jobs import Event, Evidence, FailedEvent, Job, TokenEvent
 from veriattn.server.metrics import Metrics
 from veriattn.server.tamper import TamperSwitch
@@ -361,7 +362,7 @@ class EngineDriver:
         if self._engine.executor is not None:
             self._engine.reset()
         self._metrics.observe(self._engine.report())
-        self._last_fault = f"{error.code}: {error.message}"
+        self._last_fault = f"{error.code}: {public_message(error)}"
         lie = is_lie(error)
         log.log(
             logging.CRITICAL if lie else logging.ERROR,

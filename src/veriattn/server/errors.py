@@ -47,6 +47,11 @@ class ApiError(Exception):
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
 
+def public_message(error: VeriattnError) -> str:
+    """What anyone may read: no word of it is the prover's, which could address users through it."""
+    return "it reports an error of its own, which is in the log" if type(error) is ProverFault else error.message
+
+
 def from_veriattn(error: VeriattnError) -> ApiError:
     """What a client is told of one of our errors.
 
@@ -57,7 +62,7 @@ def from_veriattn(error: VeriattnError) -> ApiError:
     if isinstance(error, VerificationError):
         return ApiError(502, f"verification failed, nothing unchecked was sent: {error.message}", error.code)
     if isinstance(error, ProverFault):
-        return ApiError(503, f"the prover failed: {error.message}", error.code, headers={"Retry-After": "2"})
+        return ApiError(503, f"the prover failed: {public_message(error)}", error.code, headers={"Retry-After": "2"})
     if isinstance(error, AttestationError):
         return ApiError(503, error.message, error.code, headers={"Retry-After": "5"})
     if isinstance(error, ModelError):
