@@ -57,6 +57,7 @@ class SigningKey:
         self.key_id = "receipt-" + hashlib.sha256(raw).hexdigest()[:16]
 
     def sign(self, message: bytes) -> str:
+        """The Ed25519 signature in hexadecimal digits."""
         return self._key.sign(message).hex()
 
     def to_json(self) -> Json:
@@ -101,6 +102,7 @@ class KeySet:
         return digest_of(self.to_json())
 
     def public_key(self, key_id: str) -> str | None:
+        """The public key of this id in hexadecimal digits, None where there is none."""
         return dict(self.keys).get(key_id)
 
     @classmethod

@@ -72,6 +72,7 @@ class TsmInterface:
         self._make, self._remove, self._pause = make_directory, remove_directory, pause
 
     def available(self) -> bool:
+        """Whether the kernel offers it, and it is mounted."""
         return self.root.is_dir()
 
     def provider(self) -> str | None:

@@ -299,6 +299,7 @@ class VerifiedOpenAI:
         return found[0]
 
     def close(self) -> None:
+        """Close the connections."""
         self.openai.close()
 
     def __enter__(self) -> VerifiedOpenAI:

@@ -62,6 +62,7 @@ class Scheduler:
         self._last_turn: dict[str, int] = {}
 
     def add(self, seq: Sequence) -> None:
+        """Let a sequence wait for admission."""
         self.waiting.append(seq)
 
     def remove(self, seq: Sequence) -> bool:

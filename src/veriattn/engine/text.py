@@ -110,6 +110,7 @@ class TextCodec:
         return self._rule.pieces()
 
     def is_special(self, token_id: int) -> bool:
+        """Whether this is a token such as end-of-text, which is no part of the text."""
         return token_id in self._special_ids
 
 

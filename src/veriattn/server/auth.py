@@ -53,6 +53,7 @@ def new_key() -> tuple[str, str]:
 
 
 def hash_key(key: str) -> str:
+    """What is stored of an API key. The keys are random, so a plain hash will do."""
     return hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()
 
 

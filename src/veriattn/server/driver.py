@@ -90,6 +90,7 @@ class EngineDriver:
     # -- any thread --------------------------------------------------------------------------------------------
 
     def start(self) -> None:
+        """Start the engine's thread."""
         self._thread.start()
 
     def submit(self, job: Job) -> None:

@@ -26,10 +26,12 @@ class TamperSwitch:
         self._claims_left: int | None = None
 
     def arm(self, after: int) -> None:
+        """Alter one claim; `after` claims pass before it."""
         with self._lock:
             self._claims_left = after
 
     def disarm(self) -> None:
+        """Leave claims alone again."""
         with self._lock:
             self._claims_left = None
 

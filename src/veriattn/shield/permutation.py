@@ -144,12 +144,15 @@ class LayerShield:
 
     @classmethod
     def draw(cls, config: ModelConfig, *, signed: bool) -> LayerShield:
+        """Fresh secrets for a layer, those of v apart from those of q and k."""
+
         def fresh() -> HeadPermutation:
             return HeadPermutation.draw(config.num_kv_heads, config.head_dim, signed=signed)
 
         return cls(fresh(), fresh())
 
     def destroy(self) -> None:
+        """Overwrite the secrets."""
         self.qk.destroy()
         self.v.destroy()
 

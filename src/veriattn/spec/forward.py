@@ -70,9 +70,11 @@ class Batch:
         return [(e.seq_id, e.num_tokens) for e in self.entries]
 
     def token_ids(self) -> np.ndarray[tuple[int], np.dtype[np.int32]]:
+        """Token ids of all rows, entry after entry."""
         return np.array([t for e in self.entries for t in e.token_ids], dtype=np.int32)
 
     def positions(self) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+        """Position of each row in its own sequence."""
         return np.concatenate([np.arange(e.start, e.start + e.num_tokens) for e in self.entries])
 
     def without(self, seq_ids: frozenset[int]) -> tuple[Batch | None, list[int]]:

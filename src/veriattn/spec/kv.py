@@ -141,6 +141,7 @@ class PagedCache:
         self._table_arrays.pop(seq_id, None)
 
     def sequences(self) -> list[int]:
+        """Ids of the sequences that have entries here."""
         return list(self._tables)
 
     def _take_page(self) -> int:

@@ -93,6 +93,7 @@ class ModelConfig:
         return specs
 
     def to_json(self) -> dict[str, Any]:
+        """The manifest's `config`."""
         return dataclasses.asdict(self)
 
     @classmethod

@@ -305,6 +305,7 @@ class TensorCollector:
         return True
 
     def tensors(self) -> ModelTensors:
+        """What was collected, once every tensor has been seen."""
         a = self._arrays
         layers = tuple(
             LayerTensors(

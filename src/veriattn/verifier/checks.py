@@ -97,6 +97,7 @@ class VerifiedCache:
         return sums
 
     def layer(self, layer: int) -> PagedCache:
+        """Keys, scales and projected values of a layer."""
         return self._layers[layer]
 
     @property
@@ -112,6 +113,7 @@ class VerifiedCache:
         return len(live) * c.num_layers * c.num_kv_heads * REPETITIONS * c.head_dim * 8
 
     def free(self, seq_id: int) -> None:
+        """Forget a sequence; its challenge sums are overwritten."""
         for cache, sums in zip(self._layers, self._sums, strict=True):
             cache.free(seq_id)
             if seq_id in sums:

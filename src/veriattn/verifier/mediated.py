@@ -57,6 +57,7 @@ class QueuedSender:
         self._thread.start()
 
     def send(self, kind: Kind, parts: list[Buffer]) -> None:
+        """Queue a message; its parts stay as they are until it has left."""
         self._put += 1
         self._queue.put((kind, parts))
 
@@ -76,6 +77,7 @@ class QueuedSender:
             raise self._error
 
     def close(self) -> None:
+        """End the thread once the queue is empty, or the channel gone."""
         self._queue.put(None)
         self._thread.join()
 

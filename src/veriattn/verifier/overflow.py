@@ -63,6 +63,7 @@ class OverflowCache:
             done += n
 
     def layer(self, layer: int) -> PagedCache:
+        """Keys and values of a layer beyond the limit."""
         return self._layers[layer]
 
     @property
@@ -78,6 +79,7 @@ class OverflowCache:
         return total
 
     def free(self, seq_id: int) -> None:
+        """Forget a sequence."""
         for cache in self._layers:
             cache.free(seq_id)
 

@@ -31,9 +31,11 @@ class OwnLayers:
         return name in self._weights
 
     def linear(self, name: str, a_i8: I8) -> I32:
+        """See `Operations`; computed here, so it needs no check."""
         return self._local.linear(name, a_i8)
 
     def attention(self, layer: int, batch: Batch, x: AttentionInput) -> tuple[I64, I32]:
+        """See `Operations`; computed here, over a cache of its own."""
         return self._local.attention(layer, batch, x)
 
     @property
@@ -42,6 +44,7 @@ class OwnLayers:
         return self._local.caches[: self.count]
 
     def free(self, seq_id: int) -> None:
+        """Forget a sequence."""
         self._local.free(seq_id)
 
 

@@ -418,6 +418,7 @@ class SplitAttention:
             self._send(Kind.BLOCK, encode_value_block(v))
 
     def free(self, seq_id: int) -> None:
+        """Forget a sequence."""
         self.limits.pop(seq_id, None)
         self.cache.free(seq_id)
 
