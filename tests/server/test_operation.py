@@ -47,7 +47,9 @@ def test_keys_quotas_rotation_and_whose_receipt_it_is(start: Start, tmp_path: Pa
     answer = server.chat(headers=bearer(alice))
     assert answer.status_code == 200
     receipt = "/v1/aci/receipts/" + answer.headers["x-receipt-id"]
-    assert server.get(receipt, headers=bearer(alice)).status_code == 200
+    # Whoever has a key may use any name for this server, and be any page.
+    for also in ({}, {"Host": "api.example"}, {"Origin": "https://b.example"}):
+        assert server.get(receipt, headers={**bearer(alice), **also}).status_code == 200
     for other in (bearer(bob), {}):
         assert server.get(receipt, headers=other).status_code == (404 if other else 401)
     assert server.get("/v1/aci/receipts/" + answer.json()["id"], headers=bearer(bob)).status_code == 404
@@ -190,11 +192,27 @@ def test_tls_with_a_key_that_the_attestation_names(start: Start) -> None:
     assert server.chat().status_code == 200
 
 
-def test_cors_only_for_the_origins_named(start: Start) -> None:
-    server = start('cors_origins = ["https://app.example"]\n')
-    allowed = server.get("/health", headers={"Origin": "https://app.example"})
+def test_a_page_in_a_browser_of_this_machine_gets_nothing_but_from_the_origins_named(start: Start) -> None:
+    """A name of its own that a page lets point here, or a request that it may send but not read."""
+    own = start('cors_origins = ["https://app.example"]\n')
+    refused = [
+        {"Host": f"evil.example:{own.port}"},
+        {"Host": "127.0.0.1.evil.example"},
+        {"Host": "["},
+        {"Host": "10.0.0.1"},
+    ]
+    refused += [{"Origin": o} for o in ("https://b.example", "null", "http://localhost.evil.example", "")]
+    for headers in refused:
+        for answer in (own.chat(headers=headers), own.get("/metrics", headers=headers), own.get("/", headers=headers)):
+            assert answer.status_code == 403
+            assert answer.json()["error"]["code"] == "not_local"
+            assert "access-control-allow-origin" not in answer.headers
+    taken = [{"Host": "localhost"}, {"Host": f"[::1]:{own.port}"}, {"Host": f"LOCALHOST:{own.port}"}]
+    taken += [{"Origin": own.url}, {"Origin": "https://app.example"}, {}]
+    for headers in taken:
+        assert own.chat(headers=headers).status_code == 200
+    allowed = own.get("/health", headers={"Origin": "https://app.example"})
     assert allowed.headers["access-control-allow-origin"] == "https://app.example"
-    assert "access-control-allow-origin" not in server.get("/health", headers={"Origin": "https://b.example"}).headers
 
 
 def test_full_tee_serves_without_a_prover(start: Start, server: Any) -> None:

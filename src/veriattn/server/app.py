@@ -97,7 +97,12 @@ def create_app(service: Service) -> FastAPI:
             allow_headers=["Authorization", "Content-Type", NONCE_HEADER, "X-Request-Id"],
             expose_headers=[RECEIPT_HEADER, VERSION_HEADER, KEYSET_HEADER, "X-Request-Id"],
         )
-    app.add_middleware(Outermost, body_bytes=config.limits.body_bytes)
+    app.add_middleware(
+        Outermost,
+        body_bytes=config.limits.body_bytes,
+        local_only=not (config.keys_file or config.anonymous),
+        origins=config.cors_origins,
+    )
     _add_error_handlers(app, service)
 
     app.state.service = service

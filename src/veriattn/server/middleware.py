@@ -6,10 +6,12 @@ import logging
 import re
 import time
 import uuid
+from urllib.parse import urlsplit
 
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from veriattn.server.config import is_loopback
 from veriattn.server.errors import ApiError
 from veriattn.server.responses import dump
 
@@ -28,10 +30,15 @@ _HEADERS = {
 
 
 class Outermost:
-    """Pure ASGI, so that streams pass through untouched. Logs who, what and how long; never prompts, answers or keys."""
+    """Pure ASGI, so that streams pass through untouched. Logs who, what and how long; never prompts, answers or keys.
 
-    def __init__(self, app: ASGIApp, body_bytes: int) -> None:
-        self._app, self._body_bytes = app, body_bytes
+    local_only: nobody is asked for a key because nobody else reaches this machine. But a browser on it does what foreign
+    pages tell it, so requests from their origins (unless in `origins`), or under a foreign name that was made to point here,
+    are refused.
+    """
+
+    def __init__(self, app: ASGIApp, body_bytes: int, local_only: bool = False, origins: tuple[str, ...] = ()) -> None:
+        self._app, self._body_bytes, self._local_only, self._origins = app, body_bytes, local_only, origins
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -74,6 +81,8 @@ class Outermost:
             await send(message)
 
         try:
+            if self._local_only:
+                self._check_local(scope)
             if _declared_length(scope) > self._body_bytes:
                 raise _too_large(self._body_bytes)
             await self._app(scope, bounded_receive, marked_send)
@@ -94,6 +103,23 @@ class Outermost:
                     "usage": state.get("usage"),
                 },
             )
+
+    def _check_local(self, scope: Scope) -> None:
+        for name, value in scope["headers"]:
+            text = value.decode("latin-1")
+            foreign = name == b"host" and not _names_this_machine("//" + text)
+            foreign |= name == b"origin" and text not in self._origins and not _names_this_machine(text)
+            if foreign:
+                raise ApiError(
+                    403, "without API keys this server answers to this machine's own names and pages only", "not_local"
+                )
+
+
+def _names_this_machine(url: str) -> bool:
+    try:
+        return is_loopback(urlsplit(url).hostname or "")
+    except ValueError:
+        return False
 
 
 def _route(scope: Scope) -> str:
