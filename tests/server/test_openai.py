@@ -412,7 +412,7 @@ def test_the_lying_switch_needs_demo(server: Running) -> None:
 
 
 def head_of(body: bytes) -> bytes:
-    lines = ["POST /v1/chat/completions HTTP/1.1", "Host: localhost", "Connection: close", "Content-Type: application/json"]
+    lines = ["POST /v1/chat/completions HTTP/1.1", "Host: [::1]", "Connection: close", "Content-Type: application/json"]
     return "\r\n".join([*lines, f"Content-Length: {len(body)}", "", ""]).encode()
 
 
