@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 from tests.server.harness import ROOT, Start, chat_body
 
-from veriattn.server.auth import new_key
+from veriattn.errors import ConfigError
+from veriattn.server.auth import new_key, read_keys
 
 
 def entry(name: str, digest: str, **fields: Any) -> str:
@@ -73,6 +75,18 @@ def test_keys_quotas_rotation_and_whose_receipt_it_is(start: Start, tmp_path: Pa
     assert server.chat(headers=bearer(next_key)).status_code == 200  # a broken file changes nothing
     log = "\n".join(server.raw)
     assert not any(k in log for k in (alice, bob, late, next_key))
+
+
+def test_a_keys_file_that_everybody_can_write_is_refused(tmp_path: Path) -> None:
+    """A prover runs under a user of its own: a line of its own in there would be a key."""
+    path = tmp_path / "keys.toml"
+    path.write_text(entry("a", new_key()[1]))
+    for mode in (0o600, 0o644, 0o664):
+        path.chmod(mode)
+        assert [e.id for e in read_keys(path)] == ["a"]
+    path.chmod(0o646)
+    with pytest.raises(ConfigError, match="can be written by others"):
+        read_keys(path)
 
 
 def test_a_daily_quota_of_tokens(start: Start, tmp_path: Path) -> None:

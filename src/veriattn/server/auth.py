@@ -66,13 +66,14 @@ def _moment(value: object, where: str) -> float:
 def read_keys(path: Path) -> list[KeyEntry]:
     """Parse a keys file: `[[key]]` tables. Raises: ConfigError."""
     try:
-        mode = path.stat().st_mode
+        status = path.stat()
         data = tomllib.loads(path.read_text("utf-8"))
     except OSError as e:
         raise ConfigError(f"cannot read {path}: {e.strerror}") from None
     except (UnicodeDecodeError, tomllib.TOMLDecodeError) as e:
         raise ConfigError(f"{path} is not TOML: {e}") from None
-    if mode & 0o022 and os.geteuid() != path.stat().st_uid:
+    # The owner's group may be the owner alone; everybody is everybody, a prover under a user of its own among them.
+    if status.st_mode & 0o002 or (status.st_mode & 0o020 and os.geteuid() != status.st_uid):
         raise ConfigError(f"{path} can be written by others", hint=f"chmod go-w {path}")
     entries: list[KeyEntry] = []
     tables = data.get("key", [])
