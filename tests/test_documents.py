@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 import shlex
 import subprocess
@@ -11,8 +12,11 @@ from pathlib import Path
 
 import click
 import pytest
+from tests.helpers import make_model
 
+from veriattn.cli import main
 from veriattn.cli.app import app
+from veriattn.errors import VeriattnError
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
@@ -53,15 +57,17 @@ def check_command(line: str) -> None:
     command.make_context(name, list(arguments), resilient_parsing=False)
 
 
+def options(command: click.Command) -> list[list[str]]:
+    """The spellings of each option of a command and of those below it."""
+    below = command.commands.values() if isinstance(command, click.Group) else ()
+    own = [p.opts for p in command.params if isinstance(p, click.Option)]
+    return own + [opts for child in below for opts in options(child)]
+
+
 @cache
 def known_options() -> set[str]:
-    def options(command: click.Command) -> set[str]:
-        below = command.commands.values() if isinstance(command, click.Group) else ()
-        own = {o for p in command.params if isinstance(p, click.Option) for o in p.opts}
-        return own.union(*map(options, below))
-
     ours = {o for program in PROGRAMS for o in re.findall(r'"(--[a-z-]+)"', (ROOT / program).read_text())}
-    return options(app) | ours | FOREIGN | {"--help"}
+    return {o for opts in options(app) for o in opts} | ours | FOREIGN | {"--help"}
 
 
 @cache
@@ -134,6 +140,44 @@ def test_what_a_document_names_is_there(document: str) -> None:
     assert not missing_tests(text)
     assert not missing_modules(text)
     assert not missing_targets(text)
+
+
+def test_every_option_is_in_some_document() -> None:
+    shown = set(re.findall(r"(?<![\w-])--?[a-z][a-z-]*", "\n".join(TEXT.values())))
+    assert not [opts for opts in options(app) if not set(opts) & shown]
+
+
+def table(text: str, heading: str) -> list[list[str]]:
+    """Rows of the tables below a heading."""
+    section = text.split(f"\n## {heading}\n")[1].split("\n## ", maxsplit=1)[0]
+    rows = [line.strip("|").split("|") for line in section.splitlines() if line.startswith("|") and "---" not in line]
+    return [[cell.strip() for cell in row] for row in rows]
+
+
+def test_error_codes_are_those_there_are() -> None:
+    def tree(kind: type[VeriattnError]) -> dict[str, int]:
+        ours = [child for child in kind.__subclasses__() if child.__module__.startswith("veriattn.")]
+        below = {code: number for child in ours for code, number in tree(child).items()}
+        return {kind.code: kind.exit_code, **below}
+
+    for module in ("veriattn.attest.quotes", "veriattn.cli.output", "veriattn.wire.messages"):
+        importlib.import_module(module)
+    rows = table(TEXT["docs/command-line.md"], "Exit codes and errors")[1:]
+    shown = {code: int(number) for number, _, codes in rows for code in re.findall(r"`([a-z_]+)`", codes)}
+    # Never raised as such, or on the prover's side, where nobody sees a code.
+    unseen = {"error", "verification", "bad_request", "verifier_gone"}
+    assert shown == {code: number for code, number in tree(VeriattnError).items() if code not in unseen}
+
+
+def test_the_json_of_generate_is_what_its_table_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_model(tmp_path / "model")
+    arguments = ["--strategy", "full-tee", "--raw", "hello", "--max-tokens", "1", "--logprobs", "0", "--json"]
+    assert main(["generate", "-m", str(tmp_path / "model"), *arguments]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    rows = table(TEXT["docs/command-line.md"], "`generate`")
+    exact = [row[0] for row in rows[rows.index(["JSON", ""]) + 1 :] if "`numerics`" not in row[0]]
+    shown = {name for cell in exact for name in re.findall(r"`([a-z_]+)`", re.sub(r"\{.*?\}|\(.*?\)", "", cell))}
+    assert shown == set(found)
 
 
 def test_the_checks_can_fail() -> None:

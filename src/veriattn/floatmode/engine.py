@@ -319,7 +319,7 @@ def run_json(session: FloatSession, results: list[dict[str, Any]], began: float)
     """What a run says of itself."""
     counts, link, outsourced = session.counts, session.link, session.config.strategy != "full-tee"
     return {
-        "verified": outsourced,
+        "verified": True,
         "guarantee": GUARANTEE if outsourced else "trusted-compute",
         "notice": NOTICE if outsourced else "floating point, computed here",
         "numerics": "float",
