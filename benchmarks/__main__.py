@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -13,7 +12,7 @@ from veriattn import doctor
 from veriattn.convert.pull import pull
 from veriattn.engine.strategies import STRATEGIES
 from veriattn.home import resolve_model
-from veriattn.native import kernels
+from veriattn.native import get_threads, kernels
 
 RESULTS = Path(__file__).with_name("results") / "generation.jsonl"
 
@@ -22,16 +21,10 @@ def main() -> int:
     name = sys.argv[1] if len(sys.argv) > 1 else "smollm2"
     if name == "smollm2":
         pull(name, kernels=kernels)
-    machine = doctor.examine()
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     header = {
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "commit": commit.stdout.strip(),
-        "cpu": machine["cpu"]["model"],
-        "cores": machine["cpu"]["cores"],
-        "isa": machine["native"]["isa"],
-        "threads": machine["native"]["threads"],
-        "python": machine["python"],
+        **doctor.origin(),
+        "threads": get_threads(),
         "model": name,
     }
     print(f"{header['cpu']}, {header['cores']} cores, {header['isa']}, {header['threads']} threads; {name}")

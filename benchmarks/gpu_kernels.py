@@ -6,7 +6,6 @@ Correctness first: every product is compared before it is timed. Prints a table 
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from veriattn import doctor
 from veriattn.bench.device import figures
 from veriattn.prover.cuda import exponential
 from veriattn.prover.cuda.attention import Attention, DevicePlan, Plan, RunPlace, Shape, block_rows
@@ -114,11 +114,10 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("error: no CUDA GPU", file=sys.stderr)
         return 1
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     card = figures("cuda")
     header = {
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "commit": commit.stdout.strip(),
+        **doctor.origin(),
         "gpu": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "self_test": exponential.self_test(torch.device("cuda")),

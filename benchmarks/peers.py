@@ -99,14 +99,13 @@ def main() -> int:
                 theirs.append(pair[1])
     peer.close()
     ratio = statistics.median(ours) / statistics.median(theirs)
-    machine = doctor.examine()
     line = {
         "name": "full_tee.decode_over_llama_cpp", "value": ratio, "unit": "of its tokens/s", "bar": BAR, "met": ratio >= BAR,
         "roofline": None, "fraction": None,
         "full_tee_tokens_per_s": statistics.median(ours), "llama_cpp_tokens_per_s": statistics.median(theirs),
         "full_tee_range": [min(ours), max(ours)], "llama_cpp_range": [min(theirs), max(theirs)],
         "threads": args.threads, "rounds": args.rounds, "prompt_tokens": PROMPT, "decoded_tokens": TOKENS,
-        "cpu": machine["cpu"]["model"], "cores": machine["cpu"]["cores"], "isa": machine["native"]["isa"],
+        **doctor.origin(),
         "load_average": os.getloadavg()[0],  # near the number of threads where nothing else ran
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **peer.about,
     }  # fmt: skip

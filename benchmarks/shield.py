@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import statistics
-import subprocess
 import sys
 import time
 from contextlib import ExitStack
@@ -90,14 +89,9 @@ def main() -> int:
     set_threads(1)
     costs = measure(VerifierModel(resolve_model(name)))
     print(table(costs))
-    machine = doctor.examine()
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     header = {
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "commit": commit.stdout.strip(),
-        "cpu": machine["cpu"]["model"],
-        "cores": machine["cpu"]["cores"],
-        "isa": machine["native"]["isa"],
+        **doctor.origin(),
         "model": name,
         "strategy": Flow.VERIATTN.value,
     }

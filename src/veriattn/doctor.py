@@ -88,6 +88,31 @@ def in_words(found: dict[str, Any]) -> str:
     return "\n".join(f"{key:{width}}  {value}" for key, value in rows)
 
 
+def origin() -> dict[str, Any]:
+    """What a figure was measured on, and with which version of this program: for files of results."""
+    return {
+        "commit": _commit(),
+        "version": veriattn.__version__,
+        "cpu": _cpu_model(),
+        "cores": len(os.sched_getaffinity(0)),
+        "isa": active_isa(),
+        "gpu": _gpu(),
+    }
+
+
+def _commit() -> str | None:
+    """The commit of this source tree; None where the package is installed, wherever that may be."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        tracked = subprocess.run(
+            [*git, "ls-files", "--error-unmatch", Path(__file__).name], capture_output=True, check=False
+        )
+        head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    except OSError:
+        return None
+    return head.stdout.strip() or None if tracked.returncode == 0 else None
+
+
 def _cpu_model() -> str:
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")

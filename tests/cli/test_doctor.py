@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from tests.cli.conftest import Cli
+from tests.cli.conftest import ROOT, Cli
 
 from veriattn import doctor, native
 
@@ -53,3 +54,18 @@ def test_nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str
 def test_no_gpu_library_is_loaded() -> None:
     doctor.examine()
     assert not {"torch", "triton", "pynvml"} & set(sys.modules)
+
+
+def test_figures_name_this_commit_and_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    head = subprocess.run(
+        ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+    )
+    assert doctor.origin()["commit"] == (head.stdout.strip() if (ROOT / ".git").exists() else None)
+    # Installed below somebody else's checkout.
+    subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=x", "-c", "user.email=x@example.org"]
+    subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "theirs"], check=True)
+    monkeypatch.setattr(doctor, "__file__", str(tmp_path / "doctor.py"))
+    assert doctor.origin()["commit"] is None
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert doctor.origin()["commit"] is None

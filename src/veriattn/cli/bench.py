@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -171,7 +170,7 @@ def kernels(seconds: float, model: str | None, save_file: Path | None, as_json: 
         note("measuring whole runs, on all cores")
         results += bars.whole_runs(path)
     if save_file is not None:
-        save(save_file, _machine(), results)
+        save(save_file, doctor.origin(), results)
     click.echo(table_of_lines(results))
     if as_json:
         print_json({"results": results})
@@ -265,7 +264,7 @@ def _measure(plan: Plan, options: dict[str, Any]) -> None:
     results = [r for p in points for r in point_results(conditions, p)]
     compared = sweep_results(conditions, points) if plan.ratios else ratio_results(conditions, points)
     results += compared
-    machine = _machine()
+    machine = doctor.origin()
     if options["save_file"] is not None:
         save(options["save_file"], {**machine, **dataclasses.asdict(conditions)}, results)
     click.echo(table(conditions, points))
@@ -293,20 +292,3 @@ def _finite(value: Any) -> Any:
     if isinstance(value, dict):
         return {k: _finite(v) for k, v in value.items()}
     return None if value == float("inf") else value
-
-
-def _machine() -> dict[str, Any]:
-    """What the figures were measured on, and with which version of this program."""
-    found = doctor.examine()
-    commit = subprocess.run(
-        ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    return {
-        "commit": commit.stdout.strip() or None,
-        "version": found["veriattn"],
-        "cpu": found["cpu"]["model"],
-        "cores": found["cpu"]["cores"],
-        "isa": found["native"]["isa"],
-        "gpu": found["gpu"],
-    }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 from collections.abc import Callable
 from pathlib import Path
@@ -11,37 +10,19 @@ from typing import Any
 
 import numpy as np
 
-import veriattn
-from veriattn import native
+from veriattn import doctor
 
 Plot = Callable[[dict[str, Any], Any], None]
-
-
-def machine() -> dict[str, Any]:
-    """CPU, cores, threads and versions."""
-    name = platform.processor() or platform.machine()
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                name = line.split(":", 1)[1].strip()
-                break
-    except OSError:
-        name = platform.machine()
-    return {
-        "cpu": name,
-        "cores": len(os.sched_getaffinity(0)),
-        "isa": native.active_isa(),
-        "gpu": None,
-        "python": platform.python_version(),
-        "numpy": np.__version__,
-        "veriattn": veriattn.__version__,
-    }
 
 
 def write(out: Path, name: str, data: dict[str, Any], plot: Plot) -> dict[str, Any]:
     """Write OUT/NAME.json and OUT/NAME.png; the data with the paths and the machine."""
     out.mkdir(parents=True, exist_ok=True)
-    data = {"name": name, "machine": machine(), **data}
+    data = {
+        "name": name,
+        "machine": {**doctor.origin(), "python": platform.python_version(), "numpy": np.__version__},
+        **data,
+    }
     picture = out / f"{name}.png"
     try:
         import matplotlib as mpl  # noqa: PLC0415
