@@ -136,6 +136,8 @@ def generate(model: str, prompt: str | None, prompts_file: Path | None, as_json:
         raise UsageError("--receipt is for one prompt", hint="leave --prompts-file out")
     check_writable(options["receipt_file"])
     check_writable(options["trace"])
+    if options["threads"] is not None:
+        set_threads(options["threads"])
     if options["numerics"] == "float":
         tiling = _tiling(options["tiles"])
         if tiling == "auto":
@@ -154,8 +156,6 @@ def generate(model: str, prompt: str | None, prompts_file: Path | None, as_json:
         seed=options["seed"],
     )
     config = _engine_config(model, path, options)
-    if options["threads"] is not None:
-        set_threads(options["threads"])
     run = _Run(model, path, config, single=prompts_file is None, as_json=as_json, receipt=options["receipt_file"])
     return run(prompts, params, options)
 
