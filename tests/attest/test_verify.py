@@ -315,6 +315,15 @@ def test_what_the_client_does_not_give_is_a_skip_and_no_pass(case: Case, missing
         v.require()
 
 
+@pytest.mark.parametrize("nonce", ["", "x", "0" * 63])
+def test_what_is_no_nonce_shows_no_freshness(make_case: Callable[..., Case], nonce: str) -> None:
+    """The receipt of a request without a nonce holds an empty one, which must not pass for the client's own."""
+    for held in ({"client_nonce": None}, {"client_nonce": nonce}):
+        v = make_case(**held).check(client_nonce=nonce)
+        assert (v.verdict, v.skipped(), v.failed()) == ("NOT VERIFIED", ["receipt.nonce"], [])
+    assert make_case().check().verdict == "VERIFIED"
+
+
 def test_no_attestation_and_no_steps_are_not_verified(case: Case) -> None:
     v = case.verifier.verify(case.receipt, None, case.expect)
     assert v.verdict == "NOT VERIFIED"

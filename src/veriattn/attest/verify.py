@@ -9,7 +9,7 @@ from typing import Literal
 
 from veriattn.attest import receipts
 from veriattn.attest.canonical import Json
-from veriattn.attest.keys import KeySet, report_data, signature_holds
+from veriattn.attest.keys import NONCE_PATTERN, KeySet, report_data, signature_holds
 from veriattn.attest.providers import TEST_WARNING
 from veriattn.attest.quotes import MissingCollateral, QuoteVerifier, VerifiedQuote, hex_field
 from veriattn.errors import AttestationError
@@ -96,6 +96,11 @@ class Expectations:
     min_soundness_bits: int = 98
     collateral: str | None = None
     tls_spki_sha256: str | None = None
+
+
+def _is_nonce(nonce: str | None) -> bool:
+    """An empty one is what a receipt holds of a request that had none: it shows nothing."""
+    return nonce is not None and NONCE_PATTERN.fullmatch(nonce) is not None
 
 
 class _Skip(Exception):
@@ -227,7 +232,7 @@ class _Run:
 
     def _attestation_nonce(self) -> str:
         report, _ = self._need_keyset()
-        if self._expect.attestation_nonce is None:
+        if not _is_nonce(self._expect.attestation_nonce):
             raise _Skip("the nonce that the report was asked for with was not given: it may be an old one")
         if report.get("nonce") != self._expect.attestation_nonce:
             raise AttestationError("the attestation report answers another nonce")
@@ -296,7 +301,7 @@ class _Run:
 
     def _nonce(self) -> str:
         receipt = self._need_receipt()
-        if self._expect.client_nonce is None:
+        if not _is_nonce(self._expect.client_nonce):
             raise _Skip("the nonce that was sent with the request was not given: the receipt may be a replayed one")
         if receipt.event["client_nonce"] != self._expect.client_nonce:
             raise AttestationError("the receipt repeats another nonce: it is a replayed one, or of another request")
