@@ -332,6 +332,18 @@ def test_a_rejection_names_the_sequences_concerned(
     assert caught.value.sequences == concerned
 
 
+@pytest.mark.parametrize(("nth", "index", "concerned"), [(0, 0, {3}), (0, -1, {3}), (1, 0, {3}), (1, -1, {5})])
+def test_a_rejection_in_a_later_tile_names_the_sequences_of_its_rows(
+    nth: int, index: int, concerned: set[int], model: VerifierModel, pool: LiarPool
+) -> None:
+    """Rows of a long linear travel 128 at a time; a lie must not be laid at the door of whoever has the first ones."""
+    batch = Batch((BatchEntry(3, 0, PROMPT * 25), BatchEntry(5, 0, PROMPT)))
+    attack = Attack("fault", claim="layers.0.qkv", nth=nth, fault="bit", index=index)
+    with pytest.raises(FreivaldsMismatch) as caught:
+        open_session(model, pool, attack, flow=Flow.VERIATTN).run(batch)
+    assert caught.value.sequences == concerned
+
+
 def test_counts_are_those_of_the_work(model: VerifierModel, pool: LiarPool) -> None:
     c = model.tensors.config
     with open_session(model, pool) as session:

@@ -12,7 +12,7 @@ from typing import Literal, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from veriattn.errors import VeriattnError
+from veriattn.errors import FreivaldsMismatch, VeriattnError
 from veriattn.native import key_projection
 from veriattn.native.kernels import attention_weights_paged
 from veriattn.shield.permutation import Shield
@@ -235,7 +235,11 @@ class VeriattnOperations(_Mediated):
             self._sender.send(Kind.LINEAR, self._request_linear(name, a_i8[tile]))
         verified = np.empty((a_i8.shape[0], self._checker.shapes[name][0]), np.int32)
         for tile in tiles:
-            verified[tile] = self._check_linear(name, a_i8[tile], self._receive(verified[tile]))
+            try:
+                verified[tile] = self._check_linear(name, a_i8[tile], self._receive(verified[tile]))
+            except FreivaldsMismatch as e:
+                e.rows = tuple(row + tile.start for row in e.rows)  # of the batch: they say whose claims are wrong
+                raise
         return verified
 
     def _whole(self, layer: int, batch: Batch, x: AttentionInput) -> tuple[I64, I32]:
