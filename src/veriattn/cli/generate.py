@@ -24,7 +24,7 @@ from veriattn.cli.output import (
     print_error,
     print_json,
 )
-from veriattn.cli.receipt import write_local_receipt
+from veriattn.cli.receipt import need_packages, write_local_receipt
 from veriattn.cli.report import generation_json, in_words
 from veriattn.convert.pull import PUBLISHED
 from veriattn.engine.engine import Engine, EngineConfig, Request, RequestState, TokenOutput
@@ -134,6 +134,8 @@ def generate(model: str, prompt: str | None, prompts_file: Path | None, as_json:
     prompts = _prompts(prompt, prompts_file, raw=options["raw"])
     if options["receipt_file"] is not None and prompts_file is not None:
         raise UsageError("--receipt is for one prompt", hint="leave --prompts-file out")
+    if options["receipt_file"] is not None:
+        need_packages()
     check_writable(options["receipt_file"])
     check_writable(options["trace"])
     if options["threads"] is not None:

@@ -83,7 +83,7 @@ def verify(source: str, ident: str | None, as_json: bool, **options: Any) -> int
       veriattn receipt verify https://host/v1 chatcmpl-123 --policy policy.json --model-digest 5e88... \\
         --request request.json --response response.json --nonce 0f3a...
     """
-    _need_packages()
+    need_packages()
     check_writable(options["save"])
     from veriattn.attest.quotes import production_verifiers  # noqa: PLC0415 - an extra
     from veriattn.attest.verify import Expectations, ReceiptVerifier  # noqa: PLC0415
@@ -137,7 +137,7 @@ def replay(source: str, ident: str | None, model: str, as_json: bool, threads: i
     Example:
       veriattn receipt replay answer.json -m smollm2
     """
-    _need_packages()
+    need_packages()
     from veriattn.client.replay import Replayer, ReplayModel  # noqa: PLC0415 - an extra
 
     bundle, _ = _bundle(source, ident, {**options, "offline": True})
@@ -160,7 +160,8 @@ def replay(source: str, ident: str | None, model: str, as_json: bool, threads: i
     return EXIT_OK if found.matches else EXIT_VERIFICATION
 
 
-def _need_packages() -> None:
+def need_packages() -> None:
+    """Raises: UsageError where the packages of receipts are not installed."""
     try:
         import cryptography  # noqa: F401, PLC0415 - an extra
         import rfc8785  # noqa: F401, PLC0415 - an extra
@@ -312,7 +313,7 @@ def write_local_receipt(path: Path, engine: Engine, state: RequestState, body: d
     body: what was asked, as the body of a request to `serve` would put it. The attestation is this machine's: `test`
     where there is no TEE. Raises: AttestationUnavailable, UsageError, ModelError.
     """
-    _need_packages()
+    need_packages()
     from veriattn.attest import receipts  # noqa: PLC0415 - an extra
     from veriattn.attest.providers import open_provider  # noqa: PLC0415
     from veriattn.attest.service import ReceiptService  # noqa: PLC0415

@@ -33,6 +33,7 @@ from veriattn.floatmode.requests import DEVICE_BYTES, LINEARS, Hello, Shift
 from veriattn.floatmode.trusted import Counts, Judge, LinearSecrets, Outsourced, Setting, bounded
 from veriattn.home import state_directory
 from veriattn.verifier.isolation import ProverProcess, harden_self, spawn_prover
+from veriattn.verifier.launch import quote_output
 from veriattn.verifier.tiling import Tiling
 
 Strategy = Literal["full-tee", "tsdp", "veriattn"]
@@ -251,10 +252,8 @@ class FloatSession:
         return None if self._process is None else self._process.pid
 
     def _explain(self, error: BaseException) -> None:
-        if isinstance(error, ProverFault) and self._process is not None:
-            tail = " | ".join(self._process.output_tail().split("\n"))
-            if tail:
-                error.hint = f"{error.hint or ''} the prover's last output: {tail[-400:]}".strip()
+        if self._process is not None:
+            quote_output(error, self._process.output_tail())
 
     def step(self, ids: Sequence[int]) -> F32:
         """Logits after the tokens. After a fault the session is over. Raises: ProverFault."""

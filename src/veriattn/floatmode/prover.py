@@ -11,7 +11,7 @@ import numpy as np
 
 from veriattn.convert.checkpoint import Source, SourceConfig
 from veriattn.convert.sources import open_source
-from veriattn.errors import VeriattnError
+from veriattn.errors import EXIT_PROVER, VeriattnError
 from veriattn.floatmode.arithmetic import Arithmetic, Tensor, open_arithmetic
 from veriattn.floatmode.formats import Array
 from veriattn.floatmode.link import FloatLink, Frame
@@ -142,7 +142,10 @@ def main() -> int:
     except VeriattnError as error:
         print(f"veriattn prover: {error}", file=sys.stderr)
         return error.exit_code
-    except (ImportError, MemoryError, RuntimeError, ValueError) as error:
+    except ImportError as error:
+        print(f"veriattn prover: --backend torch needs the package {error.name} (pip install torch)", file=sys.stderr)
+        return EXIT_PROVER
+    except (MemoryError, RuntimeError, ValueError) as error:
         print(f"veriattn prover: {type(error).__name__}: {error}", file=sys.stderr)
         return 1
     return 0

@@ -41,10 +41,10 @@ def builtin_prover(device: str = "cpu") -> tuple[str, ...]:
     return (sys.executable, "-m", "veriattn.prover", "--device", device)
 
 
-def quote_output(error: BaseException, prover: Prover) -> None:
+def quote_output(error: BaseException, output_tail: str) -> None:
     """Let a fault of the prover say what the prover printed last, on one line: its lines must not pass for ours."""
     if isinstance(error, ProverFault):
-        tail = " | ".join(prover.output_tail().split("\n"))
+        tail = " | ".join(output_tail.split("\n"))
         if tail:
             error.hint = f"the prover's last output: {tail[-400:]}"
 
@@ -83,7 +83,7 @@ class ChildProver:
         except BaseException as e:
             ours.close()
             self._process.terminate(0.0)
-            quote_output(e, self)
+            quote_output(e, self.output_tail())
             raise
 
     def output_tail(self) -> str:

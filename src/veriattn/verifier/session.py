@@ -525,7 +525,7 @@ class Session:
     def _end(self, error: BaseException) -> None:
         """Close after an error. An interrupt in the middle of a message leaves the streams out of step, a bug anything."""
         self.close(error.code if isinstance(error, VeriattnError) else f"interrupted by {type(error).__name__}")
-        quote_output(error, self._prover)  # complete now that it has ended
+        quote_output(error, self._prover.output_tail())  # complete now that it has ended
 
     def close(self, reason: str = "closed") -> None:
         """End the prover and destroy the secrets. May be called twice."""
