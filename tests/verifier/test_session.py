@@ -170,6 +170,29 @@ def test_an_interrupt_ends_the_session(
     assert not any(a.any() for a in secrets_of(taken[0]))
 
 
+@pytest.mark.parametrize("flow", [Flow.RUN_AHEAD, Flow.VERIATTN, Flow.TSDP])
+def test_a_kernel_that_fails_ends_the_session(
+    flow: Flow, model: VerifierModel, pool: LiarPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half of a step is in the caches by then, and claims that nobody has checked lie in the link."""
+    session = open_session(model, pool, flow=flow)
+    session.run(STEP)
+    keys = session._keys
+    assert keys is not None
+
+    def fail(*_: Any) -> Any:
+        raise MemoryError
+
+    monkeypatch.setattr(checks_module.CheckedLayer, "run", fail)
+    monkeypatch.setattr(checks_module, "linear_check", fail)
+    with pytest.raises(MemoryError):
+        session.run(NEXT)
+    assert session.closed
+    assert not any(a.any() for a in secrets_of(keys))
+    with pytest.raises(ProverUnavailable, match="MemoryError"):
+        session.run(NEXT)
+
+
 @pytest.mark.parametrize("attack", [HONEST, Attack("fault", step=0, claim="lm_head", fault="bit")])
 def test_what_was_checked_while_the_session_was_closed_is_not_released(
     attack: Attack, model: VerifierModel, pool: LiarPool, monkeypatch: pytest.MonkeyPatch
