@@ -23,7 +23,7 @@ void require(bool ok, const char* what) {
     if (!ok) throw std::invalid_argument(what);
 }
 
-// Per-key values of `width` elements: pages (pages, kv_heads, PAGE[, width]) with a table, or (keys, kv_heads[, width]).
+// Per-key values of `width` elements: pages (pages, kv_heads, PAGE[, width]) with a table, or one piece (kv_heads, keys[, width]).
 template <class T>
 struct Source {
     Buffer<const T> values;
@@ -33,11 +33,11 @@ struct Source {
     Source(nb::handle values_, nb::handle table_, const char* name, bool has_width, i64 keys)
         : values(values_.ptr(), name, (table_.is_none() ? 2 : 3) + has_width), table(table_.ptr(), "block_table", 1, true) {
         require(keys >= 0 && keys <= MAX_KEYS, "more than 131072 keys");
-        kv_heads = values.dim(1);
+        kv_heads = values.dim(table.given);
         width = has_width ? values.dim(table.given ? 3 : 2) : 1;
         require(kv_heads >= 1 && width >= 1 && width <= MAX_DIM, "sizes of attention out of range");
         if (!table.given) {
-            require(values.dim(0) >= keys, "fewer keys than the share has");
+            require(values.dim(1) >= keys, "fewer keys than the share has");
             return;
         }
         require(values.dim(2) == PAGE, "pages of another size");
@@ -46,20 +46,10 @@ struct Source {
             require(table.data[i] >= 0 && table.data[i] < values.dim(0), "the block table points outside the cache");
     }
 
-    i64 stride() const { return table.given ? width : kv_heads * width; }
-
-    // Values of keys j, j + 1, ... of the same page; `stride()` apart.
+    // Values of keys j, j + 1, ... of the same page.
     const T* at(i64 kv, i64 j) const {
         if (table.given) return values.data + (((i64)table.data[j / PAGE] * kv_heads + kv) * PAGE + j % PAGE) * width;
-        return values.data + (j * kv_heads + kv) * width;
-    }
-
-    // The same for n keys, next to each other; `space` has room for them.
-    const T* run(i64 kv, i64 j, i64 n, T* space) const {
-        const T* from = at(kv, j);
-        if (stride() == width) return from;
-        for (i64 i = 0; i < n; i++) memcpy(space + i * width, from + i * stride(), sizeof(T) * (size_t)width);
-        return space;
+        return values.data + (kv * values.dim(1) + j) * width;
     }
 };
 
@@ -90,7 +80,7 @@ void share_scores(nb::handle q_, nb::handle k_, nb::handle table_, i64 keys, nb:
     const i64 blocks = (keys + 63) / 64;
     parallel_for(k.kv_heads * blocks, m * keys * d > 300000, [&](i64 task) {
         const i64 kv = task / blocks, j = task % blocks * 64, n = min64(64, keys - j);
-        const int8_t* block = k.run(kv, j, n, (int8_t*)scratch(S_T, (size_t)(64 * d)));
+        const int8_t* block = k.at(kv, j);
         const uint8_t* packed = (const uint8_t*)block;
         if (ks.format != ROWS) {
             uint8_t* space = (uint8_t*)scratch(S_PACK, packed_bytes(ks.format, n, d) + 64);
@@ -115,10 +105,9 @@ void share_maximum(nb::handle scores_, i64 at, i64 keys, nb::handle k_scale_, nb
     nb::gil_scoped_release release;
     const Kernels& ks = kernels();
     parallel_for(k_scale.kv_heads, heads * rows * keys > 60000, [&](i64 kv) {
-        float space[PAGE];
         for (i64 j = 0; j < keys; j += PAGE) {
             const i64 n = min64(PAGE, keys - j);
-            const float* scale = k_scale.run(kv, j, n, space);
+            const float* scale = k_scale.at(kv, j);
             for (i64 r = 0; r < group * rows; r++) {
                 float* to = out.data + r % rows * heads + kv * group + r / rows;
                 *to = ks.run_max(scores.data + (kv * group * rows + r) * columns + at + j, scale, n, *to);
@@ -153,12 +142,11 @@ void share_weights(nb::handle scores_, i64 at, i64 keys, nb::handle q_scale_, nb
     const i64 m = group * rows, step = 16, steps = (m + step - 1) / step;
     parallel_for(k_scale.kv_heads * steps, heads * rows * keys > 30000, [&](i64 task) {
         const i64 kv = task / steps, r0 = task % steps * step, r1 = min64(m, r0 + step);
-        float scales[PAGE];
-        uint64_t gs[2 * PAGE], sums[2 * 16] = {};
+        uint64_t sums[2 * 16] = {};
         uint16_t own[16 * PAGE];
         for (i64 j = 0; j < keys; j += PAGE) {
             const i64 n = min64(PAGE, keys - j);
-            const float* scale = k_scale.run(kv, j, n, scales);
+            const float* scale = k_scale.at(kv, j);
             uint16_t* to = p.given ? p.data + (kv * m + r0) * columns + at + j : own;
             const i64 stride = p.given ? columns : PAGE;
             for (i64 r = r0; r < r1; r++) {
@@ -166,7 +154,7 @@ void share_weights(nb::handle scores_, i64 at, i64 keys, nb::handle q_scale_, nb
                 l.data[row] += ks.run_weigh(scores.data + (kv * m + r) * columns + at + j, scale, n, row_max.data[row],
                                             q_scale.data[row], to + (r - r0) * stride);
             }
-            if (g) ks.run_project(to, stride, r1 - r0, g->run(kv, j, n, gs), n, sums);
+            if (g) ks.run_project(to, stride, r1 - r0, g->at(kv, j), n, sums);
         }
         for (i64 r = r0; g && r < r1; r++) {
             uint64_t* out = pg.data + (r % rows * heads + kv * group + r / rows) * 2;
@@ -189,10 +177,10 @@ void share_projection(nb::handle p_, i64 at, i64 keys, nb::handle g_, nb::handle
     const i64 m = group * rows, step = 16, steps = (m + step - 1) / step;
     parallel_for(g.kv_heads * steps, heads * rows * keys > 30000, [&](i64 task) {
         const i64 kv = task / steps, r0 = task % steps * step, r1 = min64(m, r0 + step);
-        uint64_t space[2 * PAGE], sums[2 * 16] = {};
+        uint64_t sums[2 * 16] = {};
         for (i64 j = 0; j < keys; j += PAGE) {
             const i64 n = min64(PAGE, keys - j);
-            kernels().run_project(p.data + (kv * m + r0) * columns + at + j, columns, r1 - r0, g.run(kv, j, n, space), n, sums);
+            kernels().run_project(p.data + (kv * m + r0) * columns + at + j, columns, r1 - r0, g.at(kv, j), n, sums);
         }
         for (i64 r = r0; r < r1; r++) {
             uint64_t* out = pg.data + (r % rows * heads + kv * group + r / rows) * 2;
@@ -217,7 +205,7 @@ void share_outputs(nb::handle p_, i64 at, i64 keys, nb::handle v_, nb::handle ta
         int64_t* sums = (int64_t*)scratch(S_ROW, sizeof(int64_t) * (size_t)(count * d));
         memset(sums, 0, sizeof(int64_t) * (size_t)(count * d));
         for (i64 j = 0; j < keys; j += PAGE)
-            kernels().run_values(p.data + (kv * m + r0) * columns + at + j, columns, count, v.at(kv, j), v.stride(),
+            kernels().run_values(p.data + (kv * m + r0) * columns + at + j, columns, count, v.at(kv, j), d,
                                  min64(PAGE, keys - j), d, sums);
         for (i64 r = r0; r < r0 + count; r++) {
             int64_t* out = o.data + (r % rows * heads + kv * group + r / rows) * d;

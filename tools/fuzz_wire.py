@@ -68,8 +68,8 @@ def operation_seeds() -> list[list[wm.Buffer]]:
         wo.encode_weights(wo.WeightsRequest(1, 9, rng.integers(0, 16385, (4, 2, 5)).astype(np.uint16))),
         ws.encode_split(ws.SplitRequest(1, 1, 1, 3, 2, False, ints(1, 4, 4), scale((1, 4), np.float32))),
         ws.encode_split(ws.SplitRequest(1, 1, 2, 3, 2, True, None, None)),
-        ws.encode_key_block(ints(3, 2, 4), scale((3, 2), np.float32)),
-        ws.encode_value_block(ints(3, 2, 4)),
+        ws.encode_key_block(ints(2, 3, 4), scale((2, 3), np.float32)),
+        ws.encode_value_block(ints(2, 3, 4)),
     ]
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+import numpy.typing as npt
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -15,6 +18,32 @@ from veriattn.spec.kv import PAGE
 from veriattn.spec.reference import attention_contiguous, gather_pages
 
 EXACT = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+Array = npt.NDArray[Any]
+
+
+def by_head(x: Array) -> Array:
+    """(keys, kv_heads, ...) as a piece of keys lies in memory: (kv_heads, keys, ...)."""
+    return np.ascontiguousarray(x.swapaxes(0, 1))
+
+
+def scores_of(q: Array, k: Array) -> Array:
+    out = np.empty((q.shape[1], q.shape[0], k.shape[0]), np.int32)
+    native.share_scores_into(out, 0, k.shape[0], q, by_head(k))
+    return out
+
+
+def maximum_of(scores: Array, k_scale: Array) -> Array:
+    out = np.full((scores.shape[1], scores.shape[0]), -np.inf, np.float32)
+    native.share_maximum_into(out, scores, 0, scores.shape[2], by_head(k_scale))
+    return out
+
+
+def outputs_of(p: Array, v: Array) -> Array:
+    out = np.zeros((p.shape[1], p.shape[0], v.shape[2]), np.int64)
+    native.share_outputs_into(out, p, 0, p.shape[2], by_head(v))
+    return out
 
 
 class Case:
@@ -54,15 +83,19 @@ SIZES = {
 @given(**SIZES)
 def test_shares_in_one_piece(isa: str, seed: int, rows: int, kv_heads: int, group: int, d: int, keys: int) -> None:
     c = Case(seed, rows, kv_heads, group, d, keys, 3)
-    scores = native.share_scores(c.q, c.k)
+    scores = scores_of(c.q, c.k)
     assert np.array_equal(scores, reference.share_scores(c.q, c.k))
-    row_max = native.share_maximum(scores, c.k_scale)
+    row_max = maximum_of(scores, c.k_scale)
     assert np.array_equal(row_max, reference.share_maximum(scores, c.k_scale))
     row_max = np.maximum(row_max, np.float32(seed % 1000))
-    p = native.share_weights(scores, c.q_scale, c.k_scale, row_max)
+    p, row_sum = np.empty(scores.shape, np.uint16), np.zeros(row_max.shape, np.int32)
+    native.share_weights_into(p, row_sum, None, scores, 0, keys, c.q_scale, by_head(c.k_scale), row_max)
     assert np.array_equal(p, reference.share_weights(scores, c.q_scale, c.k_scale, row_max))
-    assert np.array_equal(native.share_outputs(p, c.v), reference.share_outputs(p, c.v))
-    assert np.array_equal(native.share_projection(p, c.g), reference.share_projection(p, c.g))
+    assert np.array_equal(row_sum, reference.share_sums(p))
+    assert np.array_equal(outputs_of(p, c.v), reference.share_outputs(p, c.v))
+    pg = np.zeros((rows, kv_heads * group, 2), np.uint64)
+    native.share_projection_into(pg, p, 0, keys, by_head(c.g))
+    assert np.array_equal(pg, reference.share_projection(p, c.g))
 
 
 @EXACT
@@ -83,8 +116,8 @@ def test_shares_in_pages_follow_one_another(
     scores = np.empty((heads, rows, keys), np.int32)
     row_max = np.full((rows, heads), -np.inf, np.float32)
     for at, n, x, table in shares:
-        native.share_scores_into(scores, at, n, c.q, x.k if table is None else x.k_pages, table)
-        native.share_maximum_into(row_max, scores, at, n, x.k_scale if table is None else x.scale_pages, table)
+        native.share_scores_into(scores, at, n, c.q, by_head(x.k) if table is None else x.k_pages, table)
+        native.share_maximum_into(row_max, scores, at, n, by_head(x.k_scale) if table is None else x.scale_pages, table)
     assert np.array_equal(scores, reference.share_scores(c.q, k))
     assert np.array_equal(row_max, reference.share_maximum(scores, k_scale))
     if keys == 0:
@@ -94,7 +127,8 @@ def test_shares_in_pages_follow_one_another(
     pgs = [np.zeros((rows, heads, 2), np.uint64) for _ in range(3)]
     o = np.zeros((rows, heads, d), np.int64)
     for at, n, x, table in shares:
-        scale, gs, vs = (x.k_scale, x.g, x.v) if table is None else (x.scale_pages, x.g_pages, x.v_pages)
+        piece = (by_head(x.k_scale), by_head(x.g), by_head(x.v))
+        scale, gs, vs = piece if table is None else (x.scale_pages, x.g_pages, x.v_pages)
         native.share_weights_into(p, sums[0], pgs[0], scores, at, n, c.q_scale, scale, row_max, gs, table)
         native.share_weights_into(None, sums[1], pgs[1], scores, at, n, c.q_scale, scale, row_max, gs, table)
         native.share_projection_into(pgs[2], p, at, n, gs, table)
@@ -128,13 +162,13 @@ def test_the_longest_context(isa: str, keys: int) -> None:
     v = np.full((keys, 1, d), -127, np.int8)
     q_scale, k_scale = np.full((1, heads), 1e-3, np.float32), np.ones((keys, 1), np.float32)
     g = np.full((keys, 1, 2), P - 1, np.uint64)
-    scores = native.share_scores(q, k)
-    row_max = native.share_maximum(scores, k_scale)
+    scores = scores_of(q, k)
+    row_max = maximum_of(scores, k_scale)
     p = np.empty(scores.shape, np.uint16)
     row_sum, pg = np.zeros((1, heads), np.int32), np.zeros((1, heads, 2), np.uint64)
-    native.share_weights_into(p, row_sum, pg, scores, 0, keys, q_scale, k_scale, row_max, g)
+    native.share_weights_into(p, row_sum, pg, scores, 0, keys, q_scale, by_head(k_scale), row_max, by_head(g))
     assert np.all(p == 16336) and np.all(row_sum == 16336 * keys) and 16336 * keys < 2**31
-    o = native.share_outputs(p, v)
+    o = outputs_of(p, v)
     assert np.all(o == -16336 * 127 * keys) and 16336 * 127 * keys < 2**38
     # P.g with g = -1: minus the row sum, mod p.
     assert np.all(pg == np.uint64(P - 16336 * keys))
@@ -149,23 +183,23 @@ def test_the_longest_context(isa: str, keys: int) -> None:
     scales, table = np.ones((half // PAGE, 1, PAGE), np.float32), np.arange(half // PAGE, dtype=np.int32)
     assert np.array_equal(native.tail_maximum(q, pages[0], scales, table, half - 1), row_max)
     theirs, their_sum = native.tail_attention(q, q_scale, pages[0], scales, pages[1], table, half - 1, row_max)
-    assert np.array_equal(theirs + native.share_outputs(np.ascontiguousarray(p[:, :, :half]), v[:half]), o)
+    assert np.array_equal(theirs + outputs_of(np.ascontiguousarray(p[:, :, :half]), v[:half]), o)
     assert np.array_equal(their_sum * 2, row_sum)
 
 
 def test_what_does_not_fit_is_refused(isa: str) -> None:
     c = Case(1, 2, 2, 2, 16, 300, 2)
-    scores = native.share_scores(c.q, c.k)
-    row_max, row_sum = native.share_maximum(scores, c.k_scale), np.zeros((2, 4), np.int32)
+    scores, k_scale = scores_of(c.q, c.k), by_head(c.k_scale)
+    row_max, row_sum = maximum_of(scores, c.k_scale), np.zeros((2, 4), np.int32)
     with pytest.raises(InternalError):
-        native.share_maximum_into(row_max, scores, 1, 300, c.k_scale)
+        native.share_maximum_into(row_max, scores, 1, 300, k_scale)
     with pytest.raises(InternalError):
-        native.share_maximum_into(row_max, scores, 0, 300, c.k_scale[:299].copy())
+        native.share_maximum_into(row_max, scores, 0, 300, k_scale[:, :299].copy())
     with pytest.raises(InternalError):
         native.share_scores_into(scores, 0, 300, c.q, c.k_pages, np.array([0, 2], np.int32))
     with pytest.raises(InternalError):
         native.share_scores_into(scores, 0, 300, c.q, c.k_pages, np.array([0], np.int32))
     with pytest.raises(InternalError):
-        native.share_weights_into(None, row_sum, None, scores, 0, 300, c.q_scale, c.k_scale, row_max, c.g)
+        native.share_weights_into(None, row_sum, None, scores, 0, 300, c.q_scale, k_scale, row_max, by_head(c.g))
     with pytest.raises(InternalError):
         native.tail_attention(c.q, c.q_scale, c.k_pages, c.scale_pages, c.v_pages, c.table, 9, row_max[:1].copy())

@@ -465,18 +465,19 @@ def test_a_prover_killed_in_the_middle_of_a_step(
     with session:
         session.run(first)
         assert session.split is not None
-        send = session.split._send
+        send, killed = session.split._send, []
 
         def kill(kind: Kind, parts: Any) -> None:
-            if kind is place:
+            if kind is place and not killed:
                 assert session.prover.pid is not None
                 os.kill(session.prover.pid, signal.SIGKILL)
+                killed.append(kind)
             send(kind, parts)
 
         monkeypatch.setattr(session.split, "_send", kill)
         with pytest.raises(ProverUnavailable):
             session.run(rest[0])
-    assert session.closed
+    assert session.closed and killed
 
 
 @pytest.mark.parametrize("flow", FLOWS, ids=lambda f: f.value)

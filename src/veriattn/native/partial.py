@@ -1,7 +1,7 @@
-"""Kernels for shares of attention, with the names and bits of `veriattn.spec.partial`; keys may lie in pages.
+"""Kernels for shares of attention, with the bits of the functions of `veriattn.spec.partial`; keys may lie in pages.
 
 Where a block table is given, per-key arrays are pages (spec/kv.py) and the share is the table's first `keys` keys; without
-one they are (keys, kv_heads, ...) in one piece. Functions that end in `_into` add a share to what earlier ones left, at
+one they are (kv_heads, keys, ...) in one piece. Functions that end in `_into` add a share to what earlier ones left, at
 columns `at`, `at + 1`, ... of arrays (heads, rows, columns). Argument rules as in `veriattn.native.kernels`.
 """
 
@@ -82,38 +82,3 @@ def share_projection_into(pg: U64, p_u16: U16, at: int, keys: int, g_u64: U64, b
 def share_outputs_into(o_i64: I64, p_u16: U16, at: int, keys: int, v_i8: I8, block_table: I32 | None = None) -> None:
     """Add P V of a share to o (rows, heads, d). Bounds: P <= 16384."""
     _native.share_outputs(p_u16, at, keys, v_i8, block_table, o_i64)
-
-
-def share_scores(q_i8: I8, k_i8: I8) -> I32:
-    """See `spec.partial.share_scores`."""
-    scores = np.empty((q_i8.shape[1], q_i8.shape[0], k_i8.shape[0]), np.int32)
-    share_scores_into(scores, 0, k_i8.shape[0], q_i8, k_i8)
-    return scores
-
-
-def share_maximum(scores_i32: I32, k_scale: F32) -> F32:
-    """See `spec.partial.share_maximum`."""
-    out = np.full((scores_i32.shape[1], scores_i32.shape[0]), -np.inf, np.float32)
-    share_maximum_into(out, scores_i32, 0, scores_i32.shape[2], k_scale)
-    return out
-
-
-def share_weights(scores_i32: I32, q_scale: F32, k_scale: F32, row_max: F32) -> U16:
-    """See `spec.partial.share_weights`."""
-    p, row_sum = np.empty(scores_i32.shape, np.uint16), np.zeros(q_scale.shape, np.int32)
-    share_weights_into(p, row_sum, None, scores_i32, 0, scores_i32.shape[2], q_scale, k_scale, row_max)
-    return p
-
-
-def share_outputs(p_u16: U16, v_i8: I8) -> I64:
-    """See `spec.partial.share_outputs`."""
-    o = np.zeros((p_u16.shape[1], p_u16.shape[0], v_i8.shape[2]), np.int64)
-    share_outputs_into(o, p_u16, 0, p_u16.shape[2], v_i8)
-    return o
-
-
-def share_projection(p_u16: U16, g_u64: U64) -> U64:
-    """See `spec.partial.share_projection`."""
-    pg = np.zeros((p_u16.shape[1], p_u16.shape[0], 2), np.uint64)
-    share_projection_into(pg, p_u16, 0, p_u16.shape[2], g_u64)
-    return pg

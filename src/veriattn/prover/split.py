@@ -45,7 +45,7 @@ class Share(Protocol[Q_contra]):
     def resident_scores(self) -> None: ...
 
     def block_scores(self, at: int, k_i8: I8, k_scale: F32) -> None:
-        """Scores of streamed keys, to stand from column `at`."""
+        """Scores of streamed keys, to stand from column `at`. Shapes: (kv_heads, count, d), (kv_heads, count)."""
         ...
 
     def scores(self) -> I32:
@@ -62,7 +62,9 @@ class Share(Protocol[Q_contra]):
 
     def resident_outputs(self) -> None: ...
 
-    def block_outputs(self, at: int, v_i8: I8) -> None: ...
+    def block_outputs(self, at: int, v_i8: I8) -> None:
+        """Add the part of streamed values, (kv_heads, count, d)."""
+        ...
 
     def outputs(self) -> tuple[I64, I32]:
         """O and L; L is 0 after `weights`."""
@@ -92,7 +94,7 @@ class CpuShare:
         share_scores_into(self._scores, 0, self._request.resident, self._q_i8, self._pages["k"], self._table)
 
     def block_scores(self, at: int, k_i8: I8, k_scale: F32) -> None:
-        share_scores_into(self._scores, at, k_i8.shape[0], self._q_i8, k_i8)
+        share_scores_into(self._scores, at, k_i8.shape[1], self._q_i8, k_i8)
         self._scales.append(k_scale)
 
     def scores(self) -> I32:
@@ -104,7 +106,7 @@ class CpuShare:
     def row_max(self, row_max: F32) -> None:
         r, p = self._request, np.empty(self._scores.shape, np.uint16)
         kv_heads = self._pages["k_scale"].shape[1]
-        streamed = np.concatenate([np.empty((0, kv_heads), np.float32), *self._scales])
+        streamed = np.concatenate([np.empty((kv_heads, 0), np.float32), *self._scales], axis=1)
         own = (0, r.resident, self._pages["k_scale"], self._table)
         for at, count, k_scale, where in (own, (r.resident, r.streamed, streamed, None)):
             share_weights_into(
@@ -116,7 +118,7 @@ class CpuShare:
         self._add(0, self._request.resident, self._pages["v"], self._table)
 
     def block_outputs(self, at: int, v_i8: I8) -> None:
-        self._add(at, v_i8.shape[0], v_i8, None)
+        self._add(at, v_i8.shape[1], v_i8, None)
 
     def _add(self, at: int, count: int, v_i8: I8, table: I32 | None) -> None:
         if self._p is None:

@@ -90,6 +90,10 @@ class HeadPermutation:
             shown *= self._signs(x_i8.shape[1])
         return shown
 
+    def apply_by_head(self, x_i8: I8) -> I8:
+        """Permute (kv_heads, tokens, d), as pages of a cache have it."""
+        return np.ascontiguousarray(self.apply(np.ascontiguousarray(x_i8.swapaxes(0, 1))).swapaxes(0, 1))
+
     def restore(self, y_i64: I64, first_kv_head: int = 0, group: int = 1) -> I64:
         """Undo `apply` on claims (tokens, heads, d) of the heads of some KV heads from the given one on."""
         heads = y_i64.shape[1]

@@ -403,18 +403,19 @@ class SplitAttention:
         cache = self.cache.layer(layer)
         a = cache.arrays
         for page, count in zip(cache.table(seq_id), block_sizes(streamed), strict=False):
-            k = np.ascontiguousarray(a["k"][page, :, :count].swapaxes(0, 1))
+            # A whole page goes out from where it is: what its keys are does not change before the sender is flushed.
+            k = np.ascontiguousarray(a["k"][page, :, :count])
             if self._shield is not None:
-                k = self._shield.layer(layer, seq_id).qk.apply(k)
-            scale = np.ascontiguousarray(a["k_scale"][page, :, :count].T)
+                k = self._shield.layer(layer, seq_id).qk.apply_by_head(k)
+            scale = np.ascontiguousarray(a["k_scale"][page, :, :count])
             self._send(Kind.BLOCK, encode_key_block(k, scale))
 
     def _stream_values(self, layer: int, seq_id: int, streamed: int) -> None:
         cache = self.cache.layer(layer)
         for page, count in zip(cache.table(seq_id), block_sizes(streamed), strict=False):
-            v = np.ascontiguousarray(cache.arrays["v"][page, :, :count].swapaxes(0, 1))
+            v = np.ascontiguousarray(cache.arrays["v"][page, :, :count])
             if self._shield is not None:
-                v = self._shield.layer(layer, seq_id).v.apply(v)
+                v = self._shield.layer(layer, seq_id).v.apply_by_head(v)
             self._send(Kind.BLOCK, encode_value_block(v))
 
     def free(self, seq_id: int) -> None:

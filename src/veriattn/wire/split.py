@@ -69,13 +69,13 @@ def decode_split(payload: Buffer, config: ModelConfig, limits: Limits) -> SplitR
 
 
 def encode_key_block(k_i8: npt.NDArray[np.int8], k_scale: npt.NDArray[np.float32]) -> list[Buffer]:
-    """Payload pieces of a BLOCK of keys. Shapes: (count, kv_heads, d), (count, kv_heads)."""
-    return [_BLOCK.pack(k_i8.shape[0], 0, 0), k_scale, k_i8]
+    """Payload pieces of a BLOCK of keys. Shapes: (kv_heads, count, d), (kv_heads, count), as pages have them."""
+    return [_BLOCK.pack(k_i8.shape[1], 0, 0), k_scale, k_i8]
 
 
 def encode_value_block(v_i8: npt.NDArray[np.int8]) -> list[Buffer]:
-    """Payload pieces of a BLOCK of values, (count, kv_heads, d)."""
-    return [_BLOCK.pack(v_i8.shape[0], 1, 0), v_i8]
+    """Payload pieces of a BLOCK of values, (kv_heads, count, d)."""
+    return [_BLOCK.pack(v_i8.shape[1], 1, 0), v_i8]
 
 
 def block_bytes(config: ModelConfig) -> int:
@@ -104,15 +104,15 @@ def decode_key_block(
     """Prover side: the next block of keys, whose size follows from SPLIT. Raises: BadRequest."""
     kv, d = config.num_kv_heads, config.head_dim
     raw = _decode_block(payload, count, 0, count * kv * (4 + d))
-    k_scale = np.frombuffer(raw, "<f4", count * kv, _BLOCK.size).reshape(count, kv)
-    return np.frombuffer(raw, np.int8, offset=_BLOCK.size + 4 * count * kv).reshape(count, kv, d), k_scale
+    k_scale = np.frombuffer(raw, "<f4", count * kv, _BLOCK.size).reshape(kv, count)
+    return np.frombuffer(raw, np.int8, offset=_BLOCK.size + 4 * count * kv).reshape(kv, count, d), k_scale
 
 
 def decode_value_block(payload: Buffer, count: int, config: ModelConfig) -> npt.NDArray[np.int8]:
     """Prover side: the next block of values. Raises: BadRequest."""
     kv, d = config.num_kv_heads, config.head_dim
     raw = _decode_block(payload, count, 1, count * kv * d)
-    return np.frombuffer(raw, np.int8, offset=_BLOCK.size).reshape(count, kv, d)
+    return np.frombuffer(raw, np.int8, offset=_BLOCK.size).reshape(kv, count, d)
 
 
 def block_sizes(streamed: int) -> list[int]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 import torch
@@ -69,9 +71,9 @@ class DeviceShares:
         self._scores_of(self._pages, self._own(), 0, self._request.resident)
 
     def block_scores(self, at: int, k_i8: I8, k_scale: F32) -> None:
-        """q.k of streamed keys. Shapes: k (count, kv_heads, d), k_scale (count, kv_heads)."""
-        count = k_i8.shape[0]
-        (k,) = self._upload_block([np.ascontiguousarray(k_i8.swapaxes(0, 1))])
+        """q.k of streamed keys. Shapes: k (kv_heads, count, d), k_scale (kv_heads, count)."""
+        count = k_i8.shape[1]
+        (k,) = self._upload_block([k_i8])
         self._block.k[0, :, :count] = k
         self._scales.append(k_scale)
         self._scores_of(self._block, self._plan(count, [0]), at, count)
@@ -111,11 +113,11 @@ class DeviceShares:
         self._outputs_of(self._pages, self._own(), 0, self._request.resident)
 
     def block_outputs(self, at: int, v_i8: I8) -> None:
-        """Add streamed values' part. Shape: v (count, kv_heads, d)."""
-        count = v_i8.shape[0]
-        arrays = [np.ascontiguousarray(v_i8.transpose(1, 2, 0))]
+        """Add streamed values' part. Shape: v (kv_heads, count, d)."""
+        count = v_i8.shape[1]
+        arrays: list[np.ndarray[Any, Any]] = [np.ascontiguousarray(v_i8.swapaxes(1, 2))]
         if not self._by_weights:
-            arrays.append(np.ascontiguousarray(self._scales.pop(0).T))
+            arrays.append(self._scales.pop(0))
         v, *scale = self._upload_block(arrays)
         self._block.v.zero_()
         self._block.v[0, :, :, :count] = v
