@@ -8,6 +8,7 @@ import pytest
 
 from veriattn.bench.traffic import Bytes, step_bytes
 from veriattn.spec.forward import Batch, BatchEntry
+from veriattn.verifier import tiling
 from veriattn.verifier.launch import ChildProver
 from veriattn.verifier.model import VerifierModel
 from veriattn.verifier.session import Flow, Session, SessionConfig
@@ -20,6 +21,12 @@ CASES = [
     (Flow.RUN_AHEAD, None, False), (Flow.RUN_AHEAD, None, True), (Flow.UNVERIFIED, None, False), (Flow.TSDP, None, False),
     (Flow.VERIATTN, None, False), (Flow.VERIATTN, None, True), (Flow.VERIATTN, Tiling(5, 3), True), (Flow.VERIATTN, OFF, True),
 ]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def little_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that scores of one run need several exchanges."""
+    monkeypatch.setattr(tiling, "SCORE_BYTES", 300_000)
 
 
 @pytest.mark.parametrize(("flow", "cut", "transfer"), CASES)

@@ -11,6 +11,7 @@ from tests.helpers import ARCHITECTURES, make_model
 from veriattn.engine.engine import Engine, EngineConfig, Request
 from veriattn.engine.strategies import STRATEGIES, Strategy
 from veriattn.spec.sampler import SamplingParams
+from veriattn.verifier import tiling
 from veriattn.verifier.tiling import Tiling
 from veriattn.wire.emulate import Throttle
 from veriattn.wire.messages import AttentionCheck
@@ -72,12 +73,22 @@ def test_same_tokens_by_transfer(strategy: Strategy, tiny_model: Path, expected:
         assert [s.output_ids for s in engine.generate(requests())] == expected
 
 
-@pytest.mark.parametrize("tiling", [Tiling(1, 1), Tiling(2, 5), Tiling(7, 1000), Tiling(4, 32, pipeline=False)])
+@pytest.mark.parametrize("cut", [Tiling(1, 1), Tiling(2, 5), Tiling(7, 1000), Tiling(4, 32, pipeline=False)])
 @pytest.mark.parametrize("check", AttentionCheck)
 def test_same_tokens_for_any_tiling(
-    tiling: Tiling, check: AttentionCheck, tiny_model: Path, expected: list[list[int]]
+    cut: Tiling, check: AttentionCheck, tiny_model: Path, expected: list[list[int]]
 ) -> None:
-    with Engine(tiny_model, config("veriattn", None, tiling=tiling, attention_check=check)) as engine:
+    with Engine(tiny_model, config("veriattn", None, tiling=cut, attention_check=check)) as engine:
+        assert [s.output_ids for s in engine.generate(requests()[:4])] == expected[:4]
+
+
+@pytest.mark.parametrize("limit", [1, 40_000, 200_000])
+def test_same_tokens_for_any_bound_on_scores(
+    limit: int, tiny_model: Path, expected: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under `tsdp` scores cross a few rows at a time: single rows, some, whole runs beside pieces of another."""
+    monkeypatch.setattr(tiling, "SCORE_BYTES", limit)
+    with Engine(tiny_model, config("tsdp", None)) as engine:
         assert [s.output_ids for s in engine.generate(requests()[:4])] == expected[:4]
 
 

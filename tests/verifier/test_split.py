@@ -17,6 +17,7 @@ from veriattn.spec.forward import Batch, BatchEntry
 from veriattn.spec.kv import PAGE
 from veriattn.trace import Trace
 from veriattn.verifier import split as verifier_split
+from veriattn.verifier import tiling
 from veriattn.verifier.launch import ChildProver, RemoteProver
 from veriattn.verifier.model import VerifierModel
 from veriattn.verifier.session import Flow, Session, SessionConfig, cut_at_limits
@@ -92,7 +93,7 @@ def test_the_same_bits_for_every_tile_of_rows(
 ) -> None:
     """Scores of a tile stay below a bound; a run that has more goes in several exchanges."""
     keys, sizes = 641, []
-    monkeypatch.setattr(verifier_split, "SCORE_BYTES", 4 * model.tensors.config.num_heads * keys * rows)
+    monkeypatch.setattr(tiling, "SCORE_BYTES", 4 * model.tensors.config.num_heads * keys * rows)
     receive = verifier_split.SplitAttention._receive
 
     def note(self: verifier_split.SplitAttention, out: np.ndarray[Any, Any]) -> None:
@@ -109,7 +110,7 @@ def test_the_same_bits_for_every_tile_of_rows(
     stats = session.split.stats
     assert stats.prover_tokens == 5 * 40
     assert stats.prover_tokens + stats.streamed_tokens + stats.tee_tokens == 320 + 640 + 641 + 64 + 65
-    assert max(sizes) <= verifier_split.SCORE_BYTES
+    assert max(sizes) <= tiling.SCORE_BYTES
     assert len(sizes) > (500 if rows == 1 else 12)
 
 

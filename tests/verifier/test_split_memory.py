@@ -27,7 +27,7 @@ from veriattn.spec.forward import AttentionInput, Batch, BatchEntry
 from veriattn.spec.kv import PAGE, PagedCache
 from veriattn.spec.local import LocalOperations
 from veriattn.spec.reference import attention_contiguous
-from veriattn.verifier import split as verifier_split
+from veriattn.verifier import tiling
 from veriattn.verifier.checks import CheckCounts, ClaimChecker
 from veriattn.verifier.keys import KeySet
 from veriattn.verifier.launch import ChildProver
@@ -185,7 +185,7 @@ def test_the_prover_stays_at_its_cap(
 ) -> None:
     """Memory of the real process over a context that grows from 1,024 to 4,096 tokens: with a limit it gains next to nothing,
     without one it gains what the cache takes. Scores of a tile of rows, which come and go, are kept small."""
-    monkeypatch.setattr(verifier_split, "SCORE_BYTES", 1 << 20)
+    monkeypatch.setattr(tiling, "SCORE_BYTES", 1 << 20)
     path = make_model(num_layers=16, num_heads=4, num_kv_heads=4, head_dim=64, rotary_dim=8, max_positions=4096)
     model = VerifierModel(path)
     c = model.tensors.config

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from veriattn.verifier import tiling
 from veriattn.verifier.tiling import AutoTiling, Tiling, candidates, next_tiling
 
 
@@ -26,6 +27,24 @@ def test_blocks_and_tiles_cover_everything_once(blocks: int, kv_heads: int, toke
     rows = tiling.tile_rows(tokens)
     assert 1 <= rows <= tokens
     assert -(-tokens // rows) <= (blocks if pipeline else 1)
+
+
+@given(st.lists(st.tuples(st.integers(0, 300), st.integers(1, 200)), min_size=1, max_size=5), st.integers(1, 9))
+def test_requests_for_scores_cover_every_row_once_and_stay_small(runs: list[tuple[int, int]], heads: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiling, "SCORE_BYTES", 50_000)
+        groups = tiling.score_groups(runs, heads)
+    pieces = [piece for group in groups for piece in group]
+    rows = [(i, at + j) for i, at, n in pieces for j in range(n)]
+    assert rows == [(i, j) for i, (_, tokens) in enumerate(runs) for j in range(tokens)]
+    for group in groups:
+        assert len({i for i, _, _ in group}) == len(group)
+        sizes = [4 * heads * n * (runs[i][0] + at + n) for i, at, n in group]
+        assert sum(sizes) <= 50_000 or [n for _, _, n in group] == [1]
+
+
+def test_what_fits_goes_in_one_request() -> None:
+    assert tiling.score_groups([(9, 1), (500, 1), (0, 64)], 8) == [[(0, 0, 1), (1, 0, 1), (2, 0, 64)]]
 
 
 @given(st.integers(1, 64), st.integers(16, 600))

@@ -12,7 +12,15 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from veriattn.bench.traffic import Bytes, Part, attention_bytes, linear_bytes, linear_sizes, streamed_keys
+from veriattn.bench.traffic import (
+    Bytes,
+    Part,
+    attention_bytes,
+    crossing_scores,
+    linear_bytes,
+    linear_sizes,
+    streamed_keys,
+)
 from veriattn.spec.model import ModelConfig
 from veriattn.verifier.session import Flow
 from veriattn.verifier.tiling import MIN_ROWS, Tiling
@@ -165,7 +173,7 @@ def attention_operations(
     outputs = 8 * rows * c.num_heads * d / r.tee.read
     if flow is Flow.TSDP or part.split:
         share = (part.limit or 0) + streamed_keys(part, flow) if part.split else part.keys
-        sent = c.num_heads * rows * share
+        sent = crossing_scores(c, part) if flow is Flow.TSDP else c.num_heads * rows * share
         asked = _scores_seconds(c, r.prover, sent, prover.qk, share, d)
         weighed = _scores_seconds(c, r.prover, sent, prover.pv, share, d)
         checked = _scores_seconds(c, r.tee, sent, tee.transfer, share, 20)

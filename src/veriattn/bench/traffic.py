@@ -10,7 +10,7 @@ from veriattn.spec.model import ModelConfig
 from veriattn.verifier.mediated import LINEAR_TILE_ROWS
 from veriattn.verifier.session import Flow
 from veriattn.verifier.split import exchanges
-from veriattn.verifier.tiling import Tiling
+from veriattn.verifier.tiling import Tiling, score_groups, score_tiles
 from veriattn.wire.messages import HEADER_BYTES
 
 _M = HEADER_BYTES
@@ -64,6 +64,12 @@ def streamed_keys(part: Part, flow: Flow) -> int:
         return part.keys - limit
     before = part.start - limit
     return min(before // PAGE, int(part.ratio * (before + part.tokens)) // PAGE) * PAGE
+
+
+def crossing_scores(c: ModelConfig, part: Part) -> int:
+    """Scores of a part that `tsdp` moves there and back as weights: every row of a tile sees all keys of its last one."""
+    tiles = score_tiles(part.tokens, part.keys, c.num_heads)
+    return c.num_heads * sum(n * (part.start + at + n) for at, n in tiles)
 
 
 def _ceil(a: int, b: int) -> int:
@@ -130,9 +136,14 @@ def _whole_attention(c: ModelConfig, flow: Flow, parts: Sequence[Part], cut: Til
         return Bytes(0, outputs + _M + (scores + len(parts) * _M if transfer else 0))
     operands = tokens * (d * (h + 2 * g) + 4 * (h + g))
     if flow is Flow.TSDP:
-        weights = sum(2 * h * p.tokens * p.keys + _M + 24 for p in parts)
-        back = scores + outputs + 2 * _M * len(parts)
-        return Bytes(operands + _M + 32 + 16 * len(parts) + weights, back)
+        to, back = operands, outputs
+        for group in score_groups([(p.start, p.tokens) for p in parts], h):
+            to += _M + 32 + 16 * len(group)
+            for i, at, n in group:
+                keys = parts[i].start + at + n
+                to += 2 * h * n * keys + _M + 24
+                back += 4 * h * n * keys + 2 * _M
+        return Bytes(to, back)
     most = max(p.tokens for p in parts)
     cut = cut or Tiling.default(max(p.keys for p in parts), most)
     blocks, rows = len(cut.kv_blocks(g)), cut.tile_rows(most)

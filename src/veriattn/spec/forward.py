@@ -35,6 +35,10 @@ class BatchEntry:
     def num_tokens(self) -> int:
         return len(self.token_ids)
 
+    def part(self, at: int, count: int) -> BatchEntry:
+        """`count` of the run's tokens, from the one at index `at` on."""
+        return BatchEntry(self.seq_id, self.start + at, self.token_ids[at : at + count], self.logits)
+
 
 @dataclass(frozen=True)
 class Batch:

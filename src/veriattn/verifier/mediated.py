@@ -12,7 +12,7 @@ from typing import Literal, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from veriattn.errors import FreivaldsMismatch, VeriattnError
+from veriattn.errors import FreivaldsMismatch, InternalError, VeriattnError
 from veriattn.native import key_projection
 from veriattn.native.kernels import attention_weights_paged
 from veriattn.shield.permutation import Shield
@@ -20,7 +20,7 @@ from veriattn.spec.forward import AttentionInput, Batch
 from veriattn.spec.reference import I8, I32, I64
 from veriattn.verifier.checks import ClaimChecker, Split
 from veriattn.verifier.own import OwnLayers
-from veriattn.verifier.tiling import AutoTiling, Tiling
+from veriattn.verifier.tiling import AutoTiling, Tiling, score_groups
 from veriattn.wire.channel import Channel
 from veriattn.wire.messages import AttentionCheck, Buffer, Kind
 from veriattn.wire.operations import (
@@ -161,7 +161,8 @@ class _Mediated(ABC):
 class TsdpOperations(_Mediated):
     """The published baseline: linears, q.k and p.v on the prover, softmax here, strictly one after the other.
 
-    Scores and outputs are checked; attention weights are the verifier's own and travel back. Raises: as `ClaimChecker`.
+    Scores and outputs are checked; attention weights are the verifier's own and travel back. So many rows at a time that
+    their scores stay below a bound: memory that is used again costs less than memory that is new. Raises: as `ClaimChecker`.
     """
 
     def _ask_linear(self, name: str, a_i8: I8) -> I32:
@@ -170,6 +171,25 @@ class TsdpOperations(_Mediated):
         return self._check_linear(name, a_i8, claimed)
 
     def _whole(self, layer: int, batch: Batch, x: AttentionInput) -> tuple[I64, I32]:
+        groups = score_groups([(e.start, e.num_tokens) for e in batch.entries], self._checker.config.num_heads)
+        if len(groups) == 1:
+            return self._rows(layer, batch, x)
+        o, row_sum = np.empty(x.q_i8.shape, np.int64), np.empty(x.q_i8.shape[:2], np.int32)
+        slices, done = batch.slices(), 0
+        for group in groups:
+            entries = [batch.entries[i].part(at, n) for i, at, n in group]
+            rows = [slice(slices[i].start + at, slices[i].start + at + n) for i, at, n in group]
+            # Pieces of neighbouring runs: their rows follow one another.
+            to = slice(rows[0].start, rows[-1].stop)
+            part = AttentionInput(x.q_i8[to], x.q_scale[to], x.k_i8[to], x.k_scale[to], x.v_i8[to])
+            o[to], row_sum[to] = self._rows(layer, Batch(tuple(entries)), part)
+            done = to.stop
+        if done != batch.num_tokens:
+            raise InternalError("rows of a batch were left out")
+        return o, row_sum
+
+    def _rows(self, layer: int, batch: Batch, x: AttentionInput) -> tuple[I64, I32]:
+        """One request for scores, and one for outputs of each of its runs."""
         checker, c = self._checker, self._checker.config
         checker.trace.label = f"layers.{layer}.attention"
         before = checker.append(layer, batch, x)

@@ -35,6 +35,7 @@ from veriattn.verifier.checks import LYING, Attention, ClaimChecker
 from veriattn.verifier.keys import REPETITIONS, U64
 from veriattn.verifier.offload import Controller, Measurement
 from veriattn.verifier.overflow import OverflowCache
+from veriattn.verifier.tiling import score_tiles
 from veriattn.wire.channel import Channel
 from veriattn.wire.messages import Buffer, Kind
 from veriattn.wire.split import (
@@ -45,14 +46,10 @@ from veriattn.wire.split import (
     encode_value_block,
 )
 
-#: Most memory of one exchange's scores, on either side: a run of many rows goes in tiles of rows, at least one at a time.
-SCORE_BYTES = 32 << 20
-
 
 def exchanges(tokens: int, beyond: int, limit: int, ratio: float, heads: int) -> list[tuple[int, int]]:
     """First row and rows of the exchanges of a run of `tokens`, `beyond` keys of whose sequence lie beyond the limit."""
-    rows = max(1, SCORE_BYTES // (4 * heads * max(limit + int(ratio * beyond), 1)))
-    return [(at, min(rows, tokens - at)) for at in range(0, tokens, rows)]
+    return score_tiles(tokens, limit + int(ratio * beyond), heads)
 
 
 @dataclass
@@ -259,8 +256,7 @@ class SplitAttention:
         limit, heads = self.limits[entry.seq_id], self._checker.config.num_heads
         ratio = 1.0 if self._by_weights else self.ratio
         for at, n in exchanges(entry.num_tokens, entry.start + entry.num_tokens - limit, limit, ratio, heads):
-            ids = entry.token_ids[at : at + n]
-            yield BatchEntry(entry.seq_id, entry.start + at, ids), slice(row + at, row + at + n)
+            yield entry.part(at, n), slice(row + at, row + at + n)
 
     def _share(self, layer: int, entry: BatchEntry, x: AttentionInput, mediated: bool) -> tuple[I64, I32]:
         """Store the run's keys and values and attend, sharing the work.

@@ -9,7 +9,34 @@ from itertools import pairwise
 #: Fewer rows than this are not worth cutting: there is nothing to overlap in a decode step.
 MIN_ROWS = 16
 
+#: Most memory of the scores of one exchange, on either side, where scores cross the link row by row.
+SCORE_BYTES = 32 << 20
+
 _TRIES = 3
+
+
+def score_tiles(tokens: int, keys: int, heads: int) -> list[tuple[int, int]]:
+    """First row and rows of the tiles of a run whose rows have `keys` scores per head: at least one row each."""
+    rows = max(1, SCORE_BYTES // (4 * heads * max(keys, 1)))
+    return [(at, min(rows, tokens - at)) for at in range(0, tokens, rows)]
+
+
+def score_groups(runs: Sequence[tuple[int, int]], heads: int) -> list[list[tuple[int, int, int]]]:
+    """What goes into one request for scores after another: (run, first row, rows) each, no run twice in a request.
+
+    runs: (start, tokens) each. Whole runs share a request as long as their scores fit; one that does not fit is cut.
+    """
+    groups: list[list[tuple[int, int, int]]] = []
+    room = 0
+    for i, (start, tokens) in enumerate(runs):
+        for at, n in score_tiles(tokens, start + tokens, heads):
+            size = 4 * heads * n * (start + at + n)
+            if not groups or size > room or groups[-1][-1][0] == i:
+                groups.append([])
+                room = SCORE_BYTES
+            groups[-1].append((i, at, n))
+            room -= size
+    return groups
 
 
 @dataclass(frozen=True)
