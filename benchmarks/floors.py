@@ -13,7 +13,7 @@ import json
 import sys
 from pathlib import Path
 
-from veriattn.bench.campaign import CHUNK, TSDP_CHUNK
+from veriattn.bench.campaign import CHUNK
 from veriattn.bench.rates import cpu_side, device_side, with_link
 from veriattn.bench.roofline import Floor, LinkRates, Rates, ScoreRates, SideRates, head_floor, layer_floor
 from veriattn.bench.shapes import shape
@@ -57,10 +57,9 @@ def floors(c: ModelConfig, part: Part, r: Rates) -> dict[str, Floor]:
     found = {}
     for name, flow in FLOWS.items():
         limit = part.limit if flow in (Flow.RUN_AHEAD, Flow.VERIATTN, Flow.TSDP) else None
-        chunk = TSDP_CHUNK if flow is Flow.TSDP else CHUNK
         total = head_floor(c, flow, 1, r)
-        for first in range(0, part.tokens, chunk):
-            piece = Part(part.start + first, min(chunk, part.tokens - first), limit, part.ratio)
+        for first in range(0, part.tokens, CHUNK):
+            piece = Part(part.start + first, min(CHUNK, part.tokens - first), limit, part.ratio)
             total += layer_floor(c, flow, [piece], r)[0] * c.num_layers
         found[name] = total
     return found

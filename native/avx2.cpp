@@ -377,8 +377,8 @@ void dot_i32(const int32_t* y, i64 n, const uint64_t* r, i64 t0, i64 t1, int32_t
 const Kernels avx2_kernels = {
     avx2::norm_quantise, avx2::quantise, avx2::qkv_epilogue, avx2::attention_epilogue,
     avx2::mlp_epilogue, avx2::dequantise, ROWS, avx2::hand::gemm, avx2::hand::prepare_bytes, avx2::hand::prepare,
-    avx2::hand::tile_queries, avx2::hand::attention, avx2::transfer, avx2::attention_weights, avx2::weighted_values,
-    avx2::run_max, avx2::run_weigh, avx2::run_project, avx2::run_values, avx2::hand::dot_i32, avx2::dot_i8,
+    avx2::hand::tile_queries, avx2::hand::attention, avx2::transfer, avx2::attention_weights,
+    avx2::run_scores, avx2::run_max, avx2::run_weigh, avx2::run_project, avx2::run_values, avx2::hand::dot_i32, avx2::dot_i8,
     avx2::dot_i64, avx2::project, nullptr,
 };
 

@@ -21,15 +21,23 @@ void attention(const AttentionArgs& s, i64 kv, i64 i0, i64 i1);
 typedef void (*PageScores)(const int8_t* k, const int32_t* q, i64 d, i64 row_vectors, i64 count, int32_t* out);
 void attention_with(const AttentionArgs& s, i64 kv, i64 i0, i64 i1, PageScores page_scores);
 
+// A few rows against the keys of a page, n <= PAGE: out[r * out_stride + j] = q[r] . k[j]; O as in run_values(); attention().
+// next: as in run_scores().
+bool few_rows(i64 rows, i64 d);
+void scores_of_few(const int8_t* q, i64 q_stride, i64 rows, const int8_t* k, const int8_t* next, i64 n, i64 d, int32_t* out,
+                   i64 out_stride);
+void values_of_few(const uint16_t* p, i64 p_stride, i64 rows, const int8_t* v, const int8_t* next, i64 n, i64 d, int64_t* o);
+void attention_of_few(const AttentionArgs& s, i64 kv, i64 i0, i64 i1);
+
 // out[r] = -128 * sum of row r.
 void row_offsets(const int8_t* a, i64 lda, i64 k, i64 rows, int32_t* out);
 void transfer(const TransferArgs& s, i64 kv);
 void attention_weights(const WeightsArgs& s, i64 head, i64 i0, i64 i1);
-void weighted_values(const ValuesArgs& s, i64 kv, i64 i0, i64 i1);
+bool run_scores(const int8_t* q, i64 rows, const int8_t* k, const int8_t* next, i64 n, i64 d, int32_t* out, i64 out_stride);
 float run_max(const int32_t* scores, const float* k_scale, i64 n, float m);
 int32_t run_weigh(const int32_t* scores, const float* k_scale, i64 n, float m, float q_scale, uint16_t* p);
 void run_project(const uint16_t* p, i64 p_stride, i64 rows, const uint64_t* g, i64 n, uint64_t* pg);
-void run_values(const uint16_t* p, i64 p_stride, i64 rows, const int8_t* v, i64 v_stride, i64 n, i64 d, int64_t* o);
+void run_values(const uint16_t* p, i64 p_stride, i64 rows, const int8_t* v, const int8_t* next, i64 n, i64 d, int64_t* o);
 void dot_i32(const int32_t* y, i64 n, const uint64_t* r, i64 t0, i64 t1, int32_t* copy, uint64_t* out);
 void dot_i8(const int8_t* a, i64 stride, i64 k, const uint64_t* u, i64 t0, i64 t1, uint64_t* out, i64 out_stride);
 bool dot_i64(const int64_t* o, i64 stride, i64 k, const uint64_t* u, i64 t0, i64 t1, uint64_t* out, i64 out_stride);

@@ -393,6 +393,10 @@ void attention_with(const AttentionArgs& s, i64 kv, i64 i0, i64 i1, PageScores p
         return;
     }
     const i64 rows = (i1 - i0) * (s.heads / s.kv_heads);
+    if (!s.prepared && few_rows(rows, s.d)) {
+        attention_of_few(s, kv, i0, i1);
+        return;
+    }
     for (i64 first = 0; first < rows; first += 32) {
         const i64 count = min64(32, rows - first);
         if (count <= 16)
@@ -609,42 +613,6 @@ void attention_weights(const WeightsArgs& s, i64 head, i64 i0, i64 i1) {
                                        _mm512_cvtepi32_epi16(_mm512_srli_epi32(w, 16)), 1);
             }
             _mm512_mask_storeu_epi16(out + j, room, _mm512_maskz_mov_epi16(live, p));
-        }
-    }
-}
-
-void weighted_values(const ValuesArgs& s, i64 kv, i64 i0, i64 i1) {
-    if (!by_hand(s.d)) {
-        avx2_kernels.values(s, kv, i0, i1);
-        return;
-    }
-    const i64 d = s.d, group = s.heads / s.kv_heads, rows = (i1 - i0) * group;
-    int32_t* pairs = (int32_t*)scratch(S_GEMM, sizeof(int32_t) * (size_t)(PAGE / 2 * d));
-    int32_t* p = (int32_t*)scratch(S_ROW2, sizeof(int32_t) * (size_t)(PAGE / 2 * 32));
-    int64_t* o = (int64_t*)scratch(S_ROW, sizeof(int64_t) * (size_t)(d * 32));
-    AttentionArgs pages{};
-    pages.v_pages = s.v_pages, pages.table = s.table, pages.kv_heads = s.kv_heads, pages.d = d;
-    for (i64 first = 0; first < rows; first += 32) {
-        const i64 count = min64(32, rows - first);
-        memset(o, 0, sizeof(int64_t) * (size_t)(d * 32));
-        memset(p, 0, sizeof(int32_t) * (size_t)(PAGE / 2 * 32));
-        for (i64 page = 0; page * PAGE < s.keys; page++) {
-            const i64 base = page * PAGE, keys = min64(PAGE, s.keys - base);
-            prepare_page(pages, kv, page, nullptr, nullptr, pairs);
-            for (i64 r = 0; r < count; r++) {
-                const i64 x = first + r;
-                const uint16_t* from = s.p + ((kv * group + x % group) * s.tokens + i0 + x / group) * s.keys + base;
-                for (i64 j = 0; j + 1 < keys; j += 2) memcpy(p + j / 2 * 32 + r, from + j, 4);
-                if (keys & 1) p[keys / 2 * 32 + r] = from[keys - 1];
-            }
-            i64 c = 0;
-            for (; c + 8 <= d; c += 8) columns<2, 8>(p, (keys + 1) / 2, pairs + c, d, 1, o + c * 32);
-            for (; c < d; c += 4) columns<2, 4>(p, (keys + 1) / 2, pairs + c, d, 1, o + c * 32);
-        }
-        for (i64 r = 0; r < count; r++) {
-            const i64 x = first + r;
-            int64_t* to = s.o + ((i0 + x / group) * s.heads + kv * group + x % group) * d;
-            for (i64 c = 0; c < d; c++) to[c] = o[c * 32 + r];
         }
     }
 }

@@ -79,6 +79,12 @@ void value_rows(const int32_t* p, i64 pairs, const int32_t* v, i64 d, i64 left, 
 
 }  // namespace
 
+bool run_scores(const int8_t* q, i64 rows, const int8_t* k, const int8_t* next, i64 n, i64 d, int32_t* out, i64 out_stride) {
+    if (!few_rows(rows, d)) return false;
+    scores_of_few(q, d, rows, k, next, n, d, out, out_stride);
+    return true;
+}
+
 float run_max(const int32_t* scores, const float* k_scale, i64 n, float m) {
     __m512 best = _mm512_set1_ps(m);
     for (i64 j = 0; j < n; j += 16) {
@@ -113,15 +119,19 @@ void run_project(const uint16_t* p, i64 p_stride, i64 rows, const uint64_t* g, i
     for (; r < rows; r++) project_rows<1>(p + r * p_stride, p_stride, g, n, pg + 2 * r);
 }
 
-void run_values(const uint16_t* p, i64 p_stride, i64 rows, const int8_t* v, i64 v_stride, i64 n, i64 d, int64_t* o) {
+void run_values(const uint16_t* p, i64 p_stride, i64 rows, const int8_t* v, const int8_t* next, i64 n, i64 d, int64_t* o) {
+    if (few_rows(rows, d)) {
+        values_of_few(p, p_stride, rows, v, next, n, d, o);
+        return;
+    }
     const i64 pairs = (n + 1) / 2;
     int32_t* wide = (int32_t*)scratch(S_GEMM, sizeof(int32_t) * (size_t)(pairs * d));
     for (i64 j = 0; j < n; j += 2) {
-        const int8_t* row = v + j * v_stride;
+        const int8_t* row = v + j * d;
         for (i64 c = 0; c < d; c += 16) {
             const __mmask16 live = lanes16(d - c);
             const __m512i x0 = _mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(live, row + c)),
-                          x1 = j + 1 < n ? _mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(live, row + v_stride + c)) : _mm512_setzero_si512();
+                          x1 = j + 1 < n ? _mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(live, row + d + c)) : _mm512_setzero_si512();
             _mm512_mask_storeu_epi32(wide + j / 2 * d + c, live, _mm512_mask_blend_epi16(0xaaaaaaaa, x0, _mm512_slli_epi32(x1, 16)));
         }
     }

@@ -108,7 +108,7 @@ struct TransferArgs {
     uint64_t* pg;
 };
 
-// P of given scores, and O = P V of given weights (the baseline that has softmax on one side and products on the other).
+// P of given scores (the baseline that has softmax on one side and products on the other).
 struct WeightsArgs {
     const int32_t* scores;  // (heads, tokens, keys)
     const float* q_scale;   // (tokens, heads)
@@ -116,14 +116,6 @@ struct WeightsArgs {
     const int32_t* table;
     i64 tokens, heads, kv_heads, keys, start;
     uint16_t* p;  // (heads, tokens, keys), 0 where a key is not visible
-};
-
-struct ValuesArgs {
-    const uint16_t* p;  // (heads, tokens, keys), at most 16384
-    const int8_t* v_pages;
-    const int32_t* table;
-    i64 tokens, heads, kv_heads, keys, d;
-    int64_t* o;  // (tokens, heads, d)
 };
 
 // --- one instruction set -------------------------------------------------------------------------------------------
@@ -156,16 +148,18 @@ struct Kernels {
     void (*attention)(const AttentionArgs& s, i64 kv, i64 i0, i64 i1);
     void (*transfer)(const TransferArgs& s, i64 kv);
     void (*weights)(const WeightsArgs& s, i64 head, i64 i0, i64 i1);
-    void (*values)(const ValuesArgs& s, i64 kv, i64 i0, i64 i1);
 
     // Shares of attention (spec/partial.py), n <= PAGE keys at a time.
+    // next: what comes after these keys, of the same size, to be fetched meanwhile; or the keys themselves.
+    // out[r * out_stride + j] = q[r * d ...] . k[j * d ...]; false, and nothing done, where gemm() is the better way.
+    bool (*run_scores)(const int8_t* q, i64 rows, const int8_t* k, const int8_t* next, i64 n, i64 d, int32_t* out, i64 out_stride);
     float (*run_max)(const int32_t* scores, const float* k_scale, i64 n, float m);
     // P of one row; returns its sum.
     int32_t (*run_weigh)(const int32_t* scores, const float* k_scale, i64 n, float m, float q_scale, uint16_t* p);
     // pg[row, rep] += sum_j p[row * p_stride + j] * g[2 * j + rep] mod p.
     void (*run_project)(const uint16_t* p, i64 p_stride, i64 rows, const uint64_t* g, i64 n, uint64_t* pg);
-    // o[row * d + c] += sum_j p[row * p_stride + j] * v[j * v_stride + c], p <= 16384.
-    void (*run_values)(const uint16_t* p, i64 p_stride, i64 rows, const int8_t* v, i64 v_stride, i64 n, i64 d, int64_t* o);
+    // o[row * d + c] += sum_j p[row * p_stride + j] * v[j * d + c], p <= 16384.
+    void (*run_values)(const uint16_t* p, i64 p_stride, i64 rows, const int8_t* v, const int8_t* next, i64 n, i64 d, int64_t* o);
 
     // out[t, rep] = sum_n y[t, n] * r[rep, n] mod p; each y is read from memory once, and stored to copy unless null.
     void (*dot_i32)(const int32_t* y, i64 n, const uint64_t* r, i64 t0, i64 t1, int32_t* copy, uint64_t* out);

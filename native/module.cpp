@@ -274,35 +274,6 @@ void attention_weights(nb::handle scores_, nb::handle q_scale_, nb::handle k_sca
                  [&](i64 i) { kernels().weights(s, i / steps, i % steps * step, min64(t, (i % steps + 1) * step)); });
 }
 
-void weighted_values(nb::handle p_, nb::handle v_, nb::handle table_, nb::handle o_) {
-    Buffer<const uint16_t> p(p_.ptr(), "p", 3);
-    Buffer<const int8_t> v(v_.ptr(), "v_pages", 4);
-    Buffer<const int32_t> table(table_.ptr(), "block_table", 1);
-    Buffer<int64_t> o(o_.ptr(), "o", 3);
-    const i64 heads = p.dim(0), t = p.dim(1), keys = p.dim(2), pages = v.dim(0), kv_heads = v.dim(1), d = v.dim(3);
-    require(heads >= 1 && kv_heads >= 1 && d >= 1 && d <= 65536 && heads % kv_heads == 0, "heads do not divide into groups");
-    v.shape({pages, kv_heads, PAGE, d});
-    check_table(table, keys, pages);
-    o.shape({t, heads, d});
-    const ValuesArgs s{p.data, v.data, table.data, t, heads, kv_heads, keys, d, o.data};
-    const i64 step = min64(heads / kv_heads < 32 ? 32 / (heads / kv_heads) : 1, t > 0 ? t : 1), steps = (t + step - 1) / step;
-    std::atomic<bool> in_range{true};
-    {
-        nb::gil_scoped_release release;
-        // Kernels multiply signed 16-bit numbers and count on P < 2^14 + 1 for their sums.
-        over_rows(heads * t, keys, [&](i64 r0, i64 r1) {
-            uint16_t most = 0;
-            for (i64 i = r0 * keys; i < r1 * keys; i++) most = p.data[i] > most ? p.data[i] : most;
-            if (most > 16384) in_range = false;
-        });
-        if (in_range)
-            parallel_for(kv_heads * steps, t * heads * keys * d > 1000000, [&](i64 i) {
-                kernels().values(s, i / steps, i % steps * step, min64(t, (i % steps + 1) * step));
-            });
-    }
-    require(in_range, "attention weights above 16384");
-}
-
 // --- field ---------------------------------------------------------------------------------------------------------
 
 void linear_check(nb::handle y_, nb::handle r_, nb::handle a_, nb::handle u_, nb::handle copy_, nb::handle ok_) {
@@ -485,7 +456,6 @@ NB_MODULE(_native, m) {
           nb::arg("own_max").none() = nb::none());
     m.def("attention_transfer", &attention_transfer);
     m.def("attention_weights", &attention_weights);
-    m.def("weighted_values", &weighted_values);
     bind_share(m);
     bind_float(m);
     bind_layer(m);

@@ -62,11 +62,13 @@ void check_columns(i64 columns, i64 at, i64 keys) {
     require(at >= 0 && at <= MAX_KEYS && at + keys <= columns, "the share lies outside of the columns");
 }
 
-void share_scores(nb::handle q_, nb::handle k_, nb::handle table_, i64 keys, nb::handle out_, i64 at) {
+// The heads of q are those of KV heads kv0, kv0 + 1, ..., num_kv of them.
+void share_scores(nb::handle q_, nb::handle k_, nb::handle table_, i64 keys, nb::handle out_, i64 at, i64 kv0, i64 num_kv) {
     Buffer<const int8_t> q(q_.ptr(), "q", 3);
     Source<int8_t> k(k_, table_, "k", true, keys);
     Buffer<int32_t> out(out_.ptr(), "scores", 3);
-    const i64 rows = q.dim(0), heads = q.dim(1), d = q.dim(2), group = group_of(heads, k.kv_heads), m = group * rows;
+    require(num_kv >= 1 && kv0 >= 0 && kv0 <= k.kv_heads - num_kv, "there are no such KV heads");
+    const i64 rows = q.dim(0), heads = q.dim(1), d = q.dim(2), group = group_of(heads, num_kv), m = group * rows;
     require(k.width == d, "q and k have different dimensions");
     out.shape({heads, rows, -1});
     const i64 columns = out.dim(2);
@@ -78,9 +80,12 @@ void share_scores(nb::handle q_, nb::handle k_, nb::handle table_, i64 keys, nb:
     for (i64 h = 0; h < heads; h++)
         for (i64 i = 0; i < rows; i++) memcpy(&by_head[(size_t)((h * rows + i) * d)], q.data + (i * heads + h) * d, (size_t)d);
     const i64 blocks = (keys + 63) / 64;
-    parallel_for(k.kv_heads * blocks, m * keys * d > 300000, [&](i64 task) {
+    parallel_for(num_kv * blocks, m * keys * d > 300000, [&](i64 task) {
         const i64 kv = task / blocks, j = task % blocks * 64, n = min64(64, keys - j);
-        const int8_t* block = k.at(kv, j);
+        const int8_t* block = k.at(kv0 + kv, j);
+        int32_t* to = out.data + kv * m * columns + at + j;
+        const int8_t* next = k.at(kv0 + kv, j + 64 < keys ? j + 64 : j);
+        if (ks.run_scores(&by_head[(size_t)(kv * m * d)], m, block, next, n, d, to, columns)) return;
         const uint8_t* packed = (const uint8_t*)block;
         if (ks.format != ROWS) {
             uint8_t* space = (uint8_t*)scratch(S_PACK, packed_bytes(ks.format, n, d) + 64);
@@ -90,7 +95,7 @@ void share_scores(nb::handle q_, nb::handle k_, nb::handle table_, i64 keys, nb:
         int32_t* y = (int32_t*)scratch(S_ROW2, sizeof(int32_t) * (size_t)(m * n));
         ks.gemm(packed, n, d, &by_head[(size_t)(kv * m * d)], m, 0, n, y);
         for (i64 r = 0; r < m; r++)
-            memcpy(out.data + (kv * m + r) * columns + at + j, y + r * n, sizeof(int32_t) * (size_t)n);
+            memcpy(to + r * columns, y + r * n, sizeof(int32_t) * (size_t)n);
     });
 }
 
@@ -205,8 +210,8 @@ void share_outputs(nb::handle p_, i64 at, i64 keys, nb::handle v_, nb::handle ta
         int64_t* sums = (int64_t*)scratch(S_ROW, sizeof(int64_t) * (size_t)(count * d));
         memset(sums, 0, sizeof(int64_t) * (size_t)(count * d));
         for (i64 j = 0; j < keys; j += PAGE)
-            kernels().run_values(p.data + (kv * m + r0) * columns + at + j, columns, count, v.at(kv, j), d,
-                                 min64(PAGE, keys - j), d, sums);
+            kernels().run_values(p.data + (kv * m + r0) * columns + at + j, columns, count, v.at(kv, j),
+                                 v.at(kv, j + PAGE < keys ? j + PAGE : j), min64(PAGE, keys - j), d, sums);
         for (i64 r = r0; r < r0 + count; r++) {
             int64_t* out = o.data + (r % rows * heads + kv * group + r / rows) * d;
             for (i64 c = 0; c < d; c++) out[c] += sums[(r - r0) * d + c];
@@ -218,7 +223,7 @@ void share_outputs(nb::handle p_, i64 at, i64 keys, nb::handle v_, nb::handle ta
 
 void bind_share(nb::module_& m) {
     m.def("share_scores", &share_scores, nb::arg("q"), nb::arg("k"), nb::arg("block_table").none(), nb::arg("keys"),
-          nb::arg("scores"), nb::arg("at"));
+          nb::arg("scores"), nb::arg("at"), nb::arg("first_kv"), nb::arg("num_kv"));
     m.def("share_maximum", &share_maximum, nb::arg("scores"), nb::arg("at"), nb::arg("keys"), nb::arg("k_scale"),
           nb::arg("block_table").none(), nb::arg("row_max"));
     m.def("share_weights", &share_weights, nb::arg("scores"), nb::arg("at"), nb::arg("keys"), nb::arg("q_scale"),

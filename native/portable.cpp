@@ -18,7 +18,7 @@ const int32_t LUT15[64] = {
 const Kernels portable_kernels = {
     portable::norm_quantise, portable::quantise, portable::qkv_epilogue, portable::attention_epilogue,
     portable::mlp_epilogue, portable::dequantise, ROWS, portable::gemm, portable::prepare_bytes, portable::prepare,
-    portable::tile_queries, portable::attention, portable::transfer, portable::attention_weights, portable::weighted_values, portable::run_max, portable::run_weigh,
+    portable::tile_queries, portable::attention, portable::transfer, portable::attention_weights, portable::run_scores, portable::run_max, portable::run_weigh,
     portable::run_project, portable::run_values, portable::dot_i32, portable::dot_i8,
     portable::dot_i64, portable::project, nullptr,
 };

@@ -205,8 +205,9 @@ def cache(rng: np.random.Generator, keys: int, kv: int, d: int) -> tuple[np.ndar
 
 
 ATTENTION = given(
-    seed=SEEDS, tokens=st.integers(1, 70), start=st.sampled_from([0, 1, 5, 250, 255, 256, 300, 511]),
-    kv=st.integers(1, 2), group=st.sampled_from([1, 2, 3, 8, 20]), d=st.sampled_from([3, 4, 8, 20, 64, 80, 128]),
+    seed=SEEDS, tokens=st.one_of(st.integers(1, 4), st.integers(1, 70)),
+    start=st.sampled_from([0, 1, 5, 250, 255, 256, 300, 511]),
+    kv=st.integers(1, 2), group=st.sampled_from([1, 2, 3, 8, 20]), d=st.sampled_from([3, 4, 8, 20, 64, 80, 128, 200, 256, 260]),
 )  # fmt: skip
 
 
@@ -269,6 +270,11 @@ def test_softmax_and_products_apart(isa: str, seed: int, tokens: int, start: int
     q_scale = (2.0 ** rng.uniform(-14, 2, (tokens, heads))).astype(np.float32)
     k = np.ascontiguousarray(reference.gather_pages(k_pages, table, keys))
     scores = np.stack([reference.gemm_i8(q[:, h], k[:, h // group]) for h in range(heads)])
+    assert np.array_equal(kernels.attention_scores(q, k_pages, table, keys, range(kv)), scores)
+    last = range(kv - 1, kv)  # the heads of one KV head alone
+    some = kernels.attention_scores(np.ascontiguousarray(q[:, -group:]), k_pages, table, keys, last)
+    assert np.array_equal(some, scores[-group:])
+    assert np.array_equal(reference.attention_scores(q[:, -group:], k_pages, table, keys, last), some)
     p = kernels.attention_weights_paged(scores, q_scale, k_scale, table, start)
     assert np.array_equal(p, reference.attention_weights_paged(scores, q_scale, k_scale, table, start))
     o = kernels.weighted_values(p, v_pages, table)
@@ -277,6 +283,8 @@ def test_softmax_and_products_apart(isa: str, seed: int, tokens: int, start: int
     p.flat[-1] = 16385
     with pytest.raises(InternalError):
         kernels.weighted_values(p, v_pages, table)
+    with pytest.raises(InternalError):
+        kernels.attention_scores(q, k_pages, table, keys, range(1, kv + 1))
 
 
 def test_attention_of_many_keys(isa: str) -> None:

@@ -74,7 +74,7 @@ SIZES = {
     "rows": st.integers(1, 9),
     "kv_heads": st.integers(1, 3),
     "group": st.integers(1, 5),
-    "d": st.sampled_from([4, 12, 16, 64, 72, 128]),
+    "d": st.sampled_from([4, 12, 16, 64, 72, 128, 200, 256, 260]),
     "keys": st.integers(0, 700),
 }
 

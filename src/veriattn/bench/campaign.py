@@ -24,8 +24,8 @@ from veriattn.spec.modelfile import MANIFEST_FILE, read_manifest
 from veriattn.verifier.session import Flow
 from veriattn.wire.messages import AttentionCheck
 
-#: Tokens of a step: for most strategies, and for `tsdp`, which was fastest so among 32, 64, 128, 256 and 1024.
-CHUNK, TSDP_CHUNK = 1024, 128
+#: Tokens of a step.
+CHUNK = 1024
 
 Progress = Callable[[str], None]
 
@@ -77,11 +77,10 @@ class Plan:
         if max(self.batches, default=0) > 64 or min(self.batches, default=0) < 1:
             raise UsageError("--batch takes sizes from 1 to 64")
 
-    def chunk(self, strategy: str) -> int:
-        """Most tokens of one step. Where none is given: what was fastest; `tsdp` moves scores of all rows of a step at once."""
-        if self.setup.prefill_chunk is not None:
-            return self.setup.prefill_chunk
-        return TSDP_CHUNK if strategy == "tsdp" else CHUNK
+    @property
+    def chunk(self) -> int:
+        """Most tokens of one step."""
+        return self.setup.prefill_chunk or CHUNK
 
     @property
     def growth(self) -> int:
@@ -119,7 +118,7 @@ def run(plan: Plan, progress: Progress) -> tuple[list[Point], Rates]:
         models, points = Models(path), []
         for strategy in plan.strategies if plan.numerics != "float" else ():
             progress(f"{strategy}: reading the model, starting the prover")
-            setup = dataclasses.replace(plan.setup, batch=max(plan.batches), prefill_chunk=plan.chunk(strategy))
+            setup = dataclasses.replace(plan.setup, batch=max(plan.batches), prefill_chunk=plan.chunk)
             runner = StrategyRunner(strategy, models, setup)
             try:
                 points += list(_points(plan, config, runner, rates, progress))
@@ -148,14 +147,14 @@ def _float_points(plan: Plan, config: ModelConfig, progress: Progress) -> list[P
             if strategy not in plan.strategies:
                 continue
             progress(f"{strategy} in floating point: reading the model, starting the prover")
-            setup = dataclasses.replace(plan.setup, prefill_chunk=plan.chunk(strategy))
+            setup = dataclasses.replace(plan.setup, prefill_chunk=plan.chunk)
             runner = FloatRunner(strategy, path, setup)
             try:
                 decoding = measure.Decoding(runner, 1, config.vocab_size)
                 for length in plan.lengths:
                     progress(f"{runner.strategy}, {length} tokens")
                     if plan.phase == "prefill":
-                        chunk = plan.chunk(strategy)
+                        chunk = plan.chunk
                         sample = measure.prefill(runner, length, 1, chunk, config.vocab_size, plan.steps)
                     else:
                         sample = measure.decode(decoding, length, plan.steps)
@@ -197,7 +196,7 @@ def _points(
             what = f"{runner.strategy}, {length} tokens, batch {batch}"
             progress(what)
             if plan.phase == "prefill":
-                chunk = plan.chunk(runner.strategy)
+                chunk = plan.chunk
                 sample = measure.prefill(runner, length, batch, chunk, config.vocab_size, plan.steps)
                 steps = measure.prompt_steps(length, batch, chunk, config.vocab_size)
                 pieces = [[Part(e.start, e.num_tokens) for e in step.entries] for step in steps]

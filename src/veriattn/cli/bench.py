@@ -130,7 +130,7 @@ def measuring_options(lengths: str) -> Callable[[Any], Any]:
         click.option("--attention-check", type=click.Choice(sorted(_CHECKS)), default="replay", show_default=True,
                      help="Recompute attention scores, or have them sent and check those."),
         click.option("--prefill-chunk", type=click.IntRange(1, 1 << 16),
-                     help="Most tokens of one step.  [default: 1024, tsdp 128]"),
+                     help="Most tokens of one step.  [default: 1024]"),
         click.option("--model-dir", type=click.Path(path_type=Path, file_okay=False), metavar="DIR",
                      help="Keep the random model here for the next run.  [default: a temporary directory]"),
         click.option("--rates-seconds", type=click.FloatRange(0, 600), default=4.0, show_default=True,

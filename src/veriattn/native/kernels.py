@@ -261,6 +261,14 @@ def attention_transfer(
 
 
 @_checked
+def attention_scores(q_i8: I8, k_pages: I8, block_table: I32, keys: int, kv_heads: range) -> I32:
+    """See `spec.reference.attention_scores`."""
+    out = np.empty((q_i8.shape[1], q_i8.shape[0], keys), np.int32)
+    _native.share_scores(q_i8, k_pages, block_table, keys, out, 0, kv_heads.start, len(kv_heads))
+    return out
+
+
+@_checked
 def attention_weights_paged(
     scores_i32: I32, q_scale: F32, k_scale_pages: F32, block_table: I32, start: int
 ) -> npt.NDArray[np.uint16]:
@@ -273,8 +281,11 @@ def attention_weights_paged(
 @_checked
 def weighted_values(p_u16: npt.NDArray[np.uint16], v_pages: I8, block_table: I32) -> I64:
     """See `spec.reference.weighted_values`. Raises: InternalError where a weight is above 16384."""
-    o = np.empty((p_u16.shape[1], p_u16.shape[0], v_pages.shape[3]), np.int64)
-    _native.weighted_values(p_u16, v_pages, block_table, o)
+    # Kernels multiply signed 16-bit numbers and count on P < 2**14 + 1 for their sums.
+    if p_u16.size and int(p_u16.max()) > 16384:
+        raise InternalError("attention weights above 16384")
+    o = np.zeros((p_u16.shape[1], p_u16.shape[0], v_pages.shape[3]), np.int64)
+    _native.share_outputs(p_u16, 0, p_u16.shape[2], v_pages, block_table, o)
     return o
 
 

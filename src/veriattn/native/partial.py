@@ -42,7 +42,7 @@ def tail_attention(
 @_checked
 def share_scores_into(scores_i32: I32, at: int, keys: int, q_i8: I8, k_i8: I8, block_table: I32 | None = None) -> None:
     """Write q.k of a share. Shapes: scores (heads, rows, columns), q (rows, heads, d)."""
-    _native.share_scores(q_i8, k_i8, block_table, keys, scores_i32, at)
+    _native.share_scores(q_i8, k_i8, block_table, keys, scores_i32, at, 0, k_i8.shape[0 if block_table is None else 1])
 
 
 @_checked

@@ -123,16 +123,15 @@ class LocalOperations:
 
         Shapes: q (tokens, heads of `kv_heads`, d) -> (heads, tokens, keys), whether a query sees a key or not.
         """
-        kv_heads = kv_heads or range(self._config.num_kv_heads)
-        k = self._caches[layer].gather(seq_id, "k")[:keys]
-        group = self._config.num_heads // self._config.num_kv_heads
-        return np.stack(
-            [
-                self._kernels.gemm_i8(np.ascontiguousarray(q_i8[:, i * group + j]), np.ascontiguousarray(k[:, kv]))
-                for i, kv in enumerate(kv_heads)
-                for j in range(group)
-            ]
+        cache = self._caches[layer]
+        scores: I32 = self._kernels.attention_scores(
+            np.ascontiguousarray(q_i8),
+            cache.arrays["k"],
+            cache.table(seq_id),
+            keys,
+            kv_heads or range(self._config.num_kv_heads),
         )
+        return scores
 
     def gather(self, layer: int, seq_id: int, name: str) -> np.ndarray[Any, Any]:
         """Contiguous copy (keys, kv_heads, ...) of what the cache holds of a sequence."""

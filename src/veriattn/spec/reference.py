@@ -267,6 +267,14 @@ def attention(
     )
 
 
+def attention_scores(q_i8: I8, k_pages: I8, block_table: I32, keys: int, kv_heads: range) -> I32:
+    """Exact q.k of queries with the first `keys` keys of a sequence, visible or not. kv_heads: those that the heads of q
+    belong to, neighbours. Shapes: q (tokens, heads, d), k_pages (pages, kv_heads, page, d) -> (heads, tokens, keys)."""
+    k = gather_pages(k_pages, block_table, keys)
+    group = q_i8.shape[1] // len(kv_heads)
+    return np.stack([gemm_i8(q_i8[:, h], k[:, kv_heads[h // group]]) for h in range(q_i8.shape[1])])
+
+
 def attention_weights_paged(
     scores_i32: I32, q_scale: F32, k_scale_pages: F32, block_table: I32, start: int
 ) -> npt.NDArray[np.uint16]:
