@@ -13,6 +13,8 @@
 #include <set>
 #include <thread>
 
+#include "wipe.h"
+
 #if VA_X86
 #include <immintrin.h>
 #endif
@@ -164,7 +166,7 @@ struct Buffers {
     size_t size[S_SLOTS] = {};
 
     void drop(int slot) {
-        if (data[slot]) explicit_bzero(data[slot], size[slot]);
+        if (data[slot]) wipe_block(data[slot], size[slot]);
         free(data[slot]);
         data[slot] = nullptr;
         size[slot] = 0;
@@ -284,7 +286,8 @@ void wipe_scratch() {
     std::lock_guard<std::mutex> lock(registry->m);
     for (Buffers* b : registry->all) {
         for (int slot = 0; slot < S_SLOTS; slot++) {
-            if (b->data[slot]) explicit_bzero(b->data[slot], b->size[slot]);
+            // With what the allocator gave beyond: an earlier owner's bytes may stand there.
+            if (b->data[slot]) wipe_block(b->data[slot], b->size[slot]);
         }
     }
 }

@@ -61,9 +61,9 @@ class KilledLaunch:
         self._killer.join()
 
 
-def children() -> list[str]:
-    """Command lines of this process's children that are provers."""
-    found = []
+def children() -> dict[int, str]:
+    """This process's children that are provers, by pid, and their command lines."""
+    found = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
             fields = stat.read_text().rsplit(")", 1)[1].split()
@@ -71,7 +71,7 @@ def children() -> list[str]:
         except OSError:
             continue
         if int(fields[1]) == os.getpid() and b"veriattn.prover" in command:
-            found.append(command.decode())
+            found[int(stat.parent.name)] = command.decode()
     return found
 
 
@@ -80,9 +80,9 @@ def nothing_left() -> Iterator[None]:
     def segments() -> int:
         return Path("/proc/self/maps").read_text().count("veriattn-ring")
 
-    before, shared = segments(), sorted(os.listdir("/dev/shm"))
+    others, before, shared = children(), segments(), sorted(os.listdir("/dev/shm"))
     yield
-    assert children() == []
+    assert {pid: command for pid, command in children().items() if pid not in others} == {}
     assert segments() == before
     assert sorted(os.listdir("/dev/shm")) == shared
 
