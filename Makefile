@@ -13,12 +13,13 @@ BIN := $(VENV)/bin
 # One test that hangs must not hang the rest; pytest's own closing lines stay the last ones printed.
 PYTEST := -m pytest -q --timeout 300 $(PYTEST_ARGS)
 
-.PHONY: help demo test test-torch test-gpu test-browser accept lint format bench bench-peers fuzz native clean
+.PHONY: help demo test test-sanitize test-torch test-gpu test-browser accept lint format bench bench-peers fuzz native clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo 'make demo        fetch SmolLM2-135M, convert it, print a verified answer (a few minutes the first time)'
 	@echo 'make test        lint, types, import contracts and all tests that need neither torch nor a GPU'
+	@echo 'make test-sanitize  the tests of the native kernels under AddressSanitizer and UBSan, AMX tiles emulated'
 	@echo 'make test-torch  the tests against transformers, and of the GPU code without a GPU (CPU build of torch)'
 	@echo 'make test-gpu    the kernels and the prover on a GPU, with the torch of $$GPU_PYTHON (python3)'
 	@echo 'make test-browser  the page of the server in headless Chromium ($$CHROMIUM, or one on the PATH)'
@@ -66,6 +67,9 @@ format: $(VENV)/.dev
 
 test: lint
 	$(BIN)/python $(PYTEST) -m 'not accept' --ignore tests/torch --ignore tests/gpu --ignore tests/browser tests
+
+test-sanitize: $(VENV)/.dev
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python tools/build_native.py --sanitize --emulate-amx --test
 
 test-torch: $(VENV_TORCH)/.torch
 	$(VENV_TORCH)/bin/python $(PYTEST) tests/torch
