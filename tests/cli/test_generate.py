@@ -125,8 +125,10 @@ def test_a_lie_ends_it(cli: Cli, tiny: Path, odd_prover: Callable[[str], str], a
 def test_interrupt(tiny: Path, tmp_path: Path, odd_prover: Callable[[str], str], number: signal.Signals) -> None:
     command = ["generate", "-m", str(tiny), "--raw", PROMPT, "--max-tokens", "900", "--json"]
     begun = tmp_path / "begun"
+    # What a shell starts behind "&" ignores SIGINT, and so would its children.
+    heed = ("env", "--default-signal=INT")
     process = subprocess.Popen(
-        [sys.executable, "-m", "veriattn", *command, "--prover-command", odd_prover(f"slow {begun}")],
+        [*heed, sys.executable, "-m", "veriattn", *command, "--prover-command", odd_prover(f"slow {begun}")],
         env=environment(tmp_path),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
