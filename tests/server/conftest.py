@@ -27,8 +27,9 @@ def start(tiny_path: Path, tmp_path: Path) -> Iterator[Start]:
     """Start servers of a test's own."""
     started: list[Running] = []
 
-    def run(toml: str = "", *arguments: str, wait: bool = True) -> Running:
-        started.append(start_server(tiny_path, tmp_path / str(len(started)), toml, *arguments, wait=wait))
+    def run(toml: str = "", *arguments: str, wait: bool = True, faulty: bool = True) -> Running:
+        folder = tmp_path / str(len(started))
+        started.append(start_server(tiny_path, folder, toml, *arguments, wait=wait, faulty=faulty))
         return started[-1]
 
     yield run

@@ -230,7 +230,7 @@ def test_a_page_in_a_browser_of_this_machine_gets_nothing_but_from_the_origins_n
 
 
 def test_full_tee_serves_without_a_prover(start: Start, server: Any) -> None:
-    own = start("", "--strategy", "full-tee")
+    own = start("", "--strategy", "full-tee", faulty=False)
     ready = own.wait_ready()
     assert ready["tamper_canary"] == "not-applicable"
     assert ready["guarantee"] == "trusted-compute"
@@ -258,6 +258,9 @@ def test_settings_that_are_refused(tiny_path: Path, tmp_path: Path) -> None:
     result = command("serve", "-m", str(tiny_path), "--config", str(path))
     assert result.returncode == 2
     assert "error[config]: unknown setting limits.queue_lenght" in result.stderr
+    path.write_text("[engine]\nstrategy = 'full-tee'\nprover_address = 'tcp://127.0.0.1:9'\n")
+    result = command("serve", "-m", str(tiny_path), "--config", str(path))
+    assert result.returncode == 2 and "full-tee has no prover" in result.stderr
     assert command("serve", "-m", str(tiny_path), "--host", "192.0.2.1").returncode == 2
     assert command("serve", "-m", str(tiny_path), "--strategy", "dangerous-unverified").returncode == 2
     assert command("serve", "-m", str(tiny_path), "--digest", "0" * 64).returncode == 5

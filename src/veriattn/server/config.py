@@ -153,6 +153,11 @@ class ServerConfig:
             "engine.prover_command and engine.prover_address exclude each other",
         )
         _need(
+            self.engine.strategy != "full-tee"
+            or not (self.engine.prover_command or self.engine.prover_address or self.engine.device != "cpu"),
+            "engine.strategy full-tee has no prover: leave prover_command, prover_address and device out",
+        )
+        _need(
             self.anonymous or bool(self.keys_file) or is_loopback(self.host),
             f"listening on {self.host} without API keys",
             hint="set keys_file (`veriattn api-key` makes keys), or anonymous = true if everyone may use it",
