@@ -12,6 +12,7 @@ from veriattn.redteam.attack import Attack
 from veriattn.redteam.catalogue import SCRIPT_STEPS, SETUPS, TIMEOUT, Case, catalogue
 from veriattn.redteam.launcher import LiarPool
 from veriattn.redteam.trial import Script, run_trial
+from veriattn.verifier import tiling
 from veriattn.verifier.model import VerifierModel
 from veriattn.wire.messages import AttentionCheck
 
@@ -50,6 +51,24 @@ def test_lies_about_keys_that_were_streamed(setup: str, kind: str, model: Verifi
     attack = Attack("fault", step=how.sends_step(1), claim=f"layers.1.{kind}.1", fault="bit", index=-1, value=2)
     outcome = run_trial(model, pool, script, attack, **arguments)
     assert (outcome.code, outcome.steps, outcome.applied, outcome.problems) == ("attention_mismatch", 1, True, [])
+
+
+@pytest.mark.parametrize("kind", ["scores", "attention"])
+@pytest.mark.parametrize("nth", range(3))
+def test_lies_about_each_piece_of_a_run_whose_scores_cross_in_pieces(
+    nth: int, kind: str, model: VerifierModel, pool: LiarPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under `tsdp`, with room for the scores of two rows: prompts of six tokens take three requests each."""
+    monkeypatch.setattr(tiling, "SCORE_BYTES", 2 * 4 * model.tensors.config.num_heads * 6)
+    how, script = SETUPS["tsdp"], Script.make(model, 3, prompt=6)
+    arguments = {"check": how.check, "flow": how.flow}
+    twin = run_trial(model, pool, script, Attack(), **arguments)
+    assert (twin.code, twin.steps, twin.problems) == ("ok", SCRIPT_STEPS, [])
+    claim = f"layers.1.{kind}.1"
+    attack = Attack("fault", step=how.sends_step(0), claim=claim, nth=nth, fault="bit", index=-1, value=2)
+    outcome = run_trial(model, pool, script, attack, **arguments)
+    assert (outcome.code, outcome.steps, outcome.applied, outcome.problems) == ("attention_mismatch", 0, True, [])
+    assert f"sequence 1, position {2 * nth + 1}," in outcome.message
 
 
 def test_names_are_distinct() -> None:
