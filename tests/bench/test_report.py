@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,6 +14,8 @@ from veriattn.bench.report import (
     Conditions,
     Point,
     line,
+    markdown,
+    measured_limit,
     point_results,
     ratio_results,
     save,
@@ -120,6 +123,36 @@ def test_the_adaptive_ratio_is_held_against_the_best_fixed_one(auto: float, met:
     found = sweep_results(conditions, points)
     assert (found[0]["value"], found[0]["bar"], found[0]["met"]) == (auto, 1.10, met)
     assert found[1]["name"].endswith("best_fixed_ratio") and found[1]["value"] == 0.4
+
+
+def test_a_point_is_read_as_it_was_written() -> None:
+    before = dataclasses.replace(
+        point("veriattn", 2.0, 1.0, "auto"), sample=dataclasses.replace(SAMPLE, device_bytes=5)
+    )
+    assert Point.from_json(json.loads(json.dumps(before.to_json()))) == before
+
+
+@pytest.mark.parametrize(("shares", "limit"), [
+    ({"verifier": {"idle": 0.6}, "prover": {"idle": 0.1, "blocked": 0.2}, "link": None}, "prover"),
+    ({"verifier": {"idle": 0.2}, "prover": {"idle": 0.1, "blocked": 0.2}, "link": None}, "tee"),
+    ({"verifier": {"idle": 0.2}, "prover": None, "link": {"to prover": 0.1, "from prover": 0.9}}, "link"),
+    (None, None),
+])  # fmt: skip
+def test_the_busiest_side_is_the_measured_limit(shares: dict[str, Any] | None, limit: str | None) -> None:
+    assert measured_limit(dataclasses.replace(SAMPLE, shares=shares)) == limit
+
+
+def test_a_table_for_documents() -> None:
+    sample = dataclasses.replace(SAMPLE, device_bytes=3 * 10**9, tee_peak_bytes=15 * 10**8, prover_peak_bytes=None)
+    conditions = dataclasses.replace(CONDITIONS, phase="decode")
+    lines = markdown(conditions, [dataclasses.replace(point("veriattn", 0.2, 0.1, "auto"), sample=sample)]).splitlines()
+    assert lines[0].startswith("| strategy | tokens | batch | p | time, ms | floor, ms |") and set(lines[1]) == set(
+        "| -"
+    )
+    row = [cell.strip() for cell in lines[2].strip("|").split("|")]
+    assert row[:8] == ["`veriattn`", "6,144", "1", "auto", "200", "100", "50%", "tee"] and row[-1] == "1.5 / - / 3.0"
+    without = markdown(conditions, [point("veriattn", 0.2, 0.1)])
+    assert without.startswith("| strategy | tokens | batch | time, ms |"), "no column that nobody fills"
 
 
 def test_every_row_of_a_table_over_an_emulated_link_says_so() -> None:

@@ -78,6 +78,43 @@ def test_bytes_are_those_on_paper(strategy: Strategy, limit: int | None, ratio: 
     assert (token.ratio is not None) == (limit is not None and strategy != "tsdp")
 
 
+def test_where_kernels_are_compiled_the_warm_up_is_what_is_timed(
+    models: Models, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    for gpu, steps in ((False, [64, 96, 54, 96, 54]), (True, [96, 54, 96, 54, 96, 54])):
+        runner = StrategyRunner("run-ahead", models, Setup(prefill_chunk=96, prover_threads=1, gpu=gpu))
+        seen: list[int] = []
+        run = runner.step
+        monkeypatch.setattr(
+            runner, "step", lambda batch, run=run, seen=seen: (seen.append(batch.num_tokens), run(batch))[1]
+        )
+        try:
+            measure.prefill(runner, 150, 1, 96, TINY.vocab_size, 1)
+            assert seen == steps, "a prompt to warm up, one that counts, one with the trace"
+            decoding = measure.Decoding(runner, 1, TINY.vocab_size)
+            measure.decode(decoding, 20, 2)
+            # Before those that count, one step or four; then two with the trace, three with attention apart.
+            assert decoding.length - 20 in ((1 + 2 + 2, 1 + 2 + 2 + 3), (4 + 2 + 2, 4 + 2 + 2 + 3))[gpu]
+            process = runner.session.prover.pid if runner.session is not None else None
+            environment = Path(f"/proc/{process}/environ").read_bytes().split(b"\0")
+            assert (f"TRITON_CACHE_DIR={tmp_path}".encode() in environment) == gpu
+        finally:
+            runner.close()
+
+
+def test_full_tee_compiles_nothing_and_has_no_trace(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = StrategyRunner("full-tee", models, Setup(gpu=True))
+    seen: list[int] = []
+    run = runner.step
+    monkeypatch.setattr(runner, "step", lambda batch: (seen.append(batch.num_tokens), run(batch))[1])
+    try:
+        assert measure.prefill(runner, 40, 1, 96, TINY.vocab_size, 2).shares is None
+    finally:
+        runner.close()
+    assert seen == [40, 40, 40]
+
+
 def test_transferred_scores_count(models: Models) -> None:
     setup = Setup(prefill_chunk=96, attention_check=AttentionCheck.TRANSFER, prover_threads=1)
     runner = StrategyRunner("veriattn", models, setup)

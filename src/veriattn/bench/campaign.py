@@ -33,7 +33,7 @@ Progress = Callable[[str], None]
 @dataclass(frozen=True)
 class Plan:
     """What is to be measured. ratios: offload ratios of a sweep (None adapts), empty for no sweep. steps: decode steps, rounds
-    of a sweep, or repetitions of a prompt."""
+    of a sweep, or repetitions of a prompt. other_lengths: lengths of the batches but the first, where they differ."""
 
     phase: str
     shape: str
@@ -50,6 +50,7 @@ class Plan:
     rates_seconds: float = 4.0
     model_dir: Path | None = None
     numerics: str = "exact"
+    other_lengths: tuple[int, ...] | None = None
 
     def check(self) -> None:
         """Raises: UsageError for what can never run."""
@@ -85,7 +86,7 @@ class Plan:
     @property
     def growth(self) -> int:
         """Tokens by which a sequence grows at one length."""
-        return self.steps * 2 * max(1, len(self.ratios)) + measure.ADAPTING_STEPS + 4
+        return (self.steps * 2 + measure.COMPILING_STEPS) * max(1, len(self.ratios)) + measure.ADAPTING_STEPS + 4
 
     def config(self) -> ModelConfig:
         """The model that is run."""
@@ -104,8 +105,10 @@ class Plan:
         )  # fmt: skip
 
 
-def run(plan: Plan, progress: Progress) -> tuple[list[Point], Rates]:
-    """Measure everything. Raises: VeriattnError of whatever goes wrong."""
+def run(
+    plan: Plan, progress: Progress, done: Callable[[Strategy, list[Point], Rates], None] | None = None
+) -> tuple[list[Point], Rates]:
+    """Measure everything. done: told of each strategy that is through. Raises: VeriattnError of whatever goes wrong."""
     plan.check()
     set_threads(plan.threads)
     config = plan.config()
@@ -118,12 +121,17 @@ def run(plan: Plan, progress: Progress) -> tuple[list[Point], Rates]:
         models, points = Models(path), []
         for strategy in plan.strategies if plan.numerics != "float" else ():
             progress(f"{strategy}: reading the model, starting the prover")
-            setup = dataclasses.replace(plan.setup, batch=max(plan.batches), prefill_chunk=plan.chunk)
+            setup = dataclasses.replace(
+                plan.setup, batch=max(plan.batches), prefill_chunk=plan.chunk, gpu=plan.device != "cpu"
+            )
             runner = StrategyRunner(strategy, models, setup)
             try:
-                points += list(_points(plan, config, runner, rates, progress))
+                found = list(_points(plan, config, runner, rates, progress))
             finally:
                 runner.close()
+            points += found
+            if done is not None:
+                done(strategy, found, rates)
     if plan.numerics != "exact":
         points += _float_points(plan, config, progress)
     return points, rates
@@ -192,7 +200,8 @@ def _points(
 ) -> Iterator[Point]:
     for batch in plan.batches:
         decoding = measure.Decoding(runner, batch, config.vocab_size)
-        for length in plan.lengths:
+        other = plan.other_lengths is not None and batch != plan.batches[0]
+        for length in (plan.other_lengths if other else None) or plan.lengths:
             what = f"{runner.strategy}, {length} tokens, batch {batch}"
             progress(what)
             if plan.phase == "prefill":

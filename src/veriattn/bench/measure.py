@@ -15,6 +15,8 @@ from veriattn.verifier.session import Flow
 
 #: Steps that the controller of the offload ratio gets before its steps count.
 ADAPTING_STEPS = 40
+#: Steps before any counts where kernels are compiled and the second step of a shape is captured.
+COMPILING_STEPS = 4
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,7 @@ class Sample:
 
     attention_s, head_s: as `StepTime`. spread: slowest over median. moved, paper: bytes of one repetition. tee_cpu_s: CPU
     time of this process. shares: from a repetition of its own with the trace on. ratio: offload ratio of the last repetition.
+    device_bytes: memory held on a GPU.
     """
 
     total_s: float
@@ -38,6 +41,7 @@ class Sample:
     tee_peak_bytes: int
     prover_peak_bytes: int | None
     ratio: float | None = None
+    device_bytes: int | None = None
 
 
 def _combine(times: Sequence[StepTime]) -> StepTime:
@@ -82,6 +86,7 @@ def sample_of(
         tee_peak_bytes=tee,
         prover_peak_bytes=prover,
         ratio=ratio,
+        device_bytes=runner.device_bytes(),
     )
 
 
@@ -107,7 +112,10 @@ def prompt_steps(length: int, batch: int, chunk: int, vocab_size: int) -> list[B
 
 
 def prefill(runner: Runner, length: int, batch: int, chunk: int, vocab_size: int, repetitions: int) -> Sample:
-    """Prompts until all of them have their first token's logits; one repetition more, with the trace on, gives the shares."""
+    """Prompts until all of them have their first token's logits; one repetition more, with the trace on, gives the shares.
+
+    To warm up, a few tokens; where kernels are compiled for the shapes they meet, the prompts themselves.
+    """
     steps = prompt_steps(length, batch, chunk, vocab_size)
 
     def once() -> StepTime:
@@ -116,9 +124,11 @@ def prefill(runner: Runner, length: int, batch: int, chunk: int, vocab_size: int
             runner.free(seq_id)
         return _combine(times)
 
-    warm = Batch((BatchEntry(0, 0, token_ids(min(64, length), vocab_size)),))
-    runner.step(warm)
-    runner.free(0)
+    if _compiles(runner):
+        once()
+    else:
+        runner.step(Batch((BatchEntry(0, 0, token_ids(min(64, length), vocab_size)),)))
+        runner.free(0)
     times, readings = [], []
     for _ in range(repetitions):
         before = runner.counters()
@@ -126,10 +136,16 @@ def prefill(runner: Runner, length: int, batch: int, chunk: int, vocab_size: int
         readings.append((before, runner.counters()))
         for seq_id in range(batch):
             runner.free(seq_id)
-    runner.shares(trace=True)
-    once()
-    before, after = readings[0][0], _sum(readings)
-    return sample_of(runner, times, before, after, runner.shares(trace=False))
+    shares = None
+    if not isinstance(runner, StrategyRunner) or runner.flow is not None:
+        runner.shares(trace=True)
+        once()
+        shares = runner.shares(trace=False)
+    return sample_of(runner, times, readings[0][0], _sum(readings), shares)
+
+
+def _compiles(runner: Runner) -> bool:
+    return isinstance(runner, StrategyRunner) and runner.compiles
 
 
 def _sum(readings: Sequence[tuple[Counters, Counters]]) -> Counters:
@@ -175,10 +191,11 @@ class Decoding:
 
 
 def decode(decoding: Decoding, length: int, steps: int, *, adapting: bool = False) -> Sample:
-    """Time per output token at a length: one step to warm up (more where a controller adapts), then `steps` that count."""
+    """Time per output token at a length: one step to warm up (more where a controller adapts, or kernels are compiled),
+    then `steps` that count."""
     runner = decoding.runner
     decoding.fill(length)
-    for _ in range(ADAPTING_STEPS if adapting else 1):
+    for _ in range(ADAPTING_STEPS if adapting else COMPILING_STEPS if _compiles(runner) else 1):
         decoding.step()
     before = runner.counters()
     times = [decoding.step() for _ in range(steps)]
@@ -223,7 +240,7 @@ def sweep(
     split.restart_controller()
     for ratio in ratios:
         split.fix_ratio(ratio)
-        for _ in range(ADAPTING_STEPS if ratio is None else 1):
+        for _ in range(ADAPTING_STEPS if ratio is None else COMPILING_STEPS if runner.compiles else 1):
             decoding.step("none")
     times: dict[float | None, list[StepTime]] = {ratio: [] for ratio in ratios}
     readings: dict[float | None, list[tuple[Counters, Counters]]] = {ratio: [] for ratio in ratios}

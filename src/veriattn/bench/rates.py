@@ -9,6 +9,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,7 @@ from veriattn.errors import ConfigError
 from veriattn.native import kernels
 from veriattn.native.partial import share_outputs_into, share_scores_into
 from veriattn.spec.model import ModelConfig
+from veriattn.verifier.tiling import SCORE_BYTES
 from veriattn.wire.emulate import Throttle
 
 #: Rows and keys at which score kernels are timed: a chunk in the middle of a long prompt, and one row of a long answer.
@@ -48,43 +51,46 @@ def cpu_side(c: ModelConfig, threads: int, seconds: float = 4.0) -> SideRates:
     before = kernels.get_threads()
     kernels.set_threads(threads)
     try:
-        return _measure(c, _Best(seconds / 20), np.random.default_rng(1))
+        return _measure(c, _Best(seconds / 20), np.random.default_rng(1), threads)
     finally:
         kernels.set_threads(before)
 
 
-def _measure(c: ModelConfig, best: _Best, rng: np.random.Generator) -> SideRates:
+def _measure(c: ModelConfig, best: _Best, rng: np.random.Generator, threads: int) -> SideRates:
     rows, width = 256, c.hidden_size
     out = min(2 * c.intermediate_size, 8192)
     weights, a = kernels.pack(random_int8(rng, out, width)), random_int8(rng, rows, width)
     macs = rows * out * width / best(lambda: kernels.gemm_packed(weights, a))
-    words = np.ones(1 << 24, np.uint64)
-    read = words.nbytes / best(lambda: kernels.read_words(words))
-    there = np.zeros_like(words)
-    copy = words.nbytes / best(lambda: np.copyto(there, words))
-    y = rng.integers(-(2**31), 2**31 - 1, (64, 2048), dtype=np.int32)
-    r, short, u = random_field(rng, 2, 2048), random_int8(rng, 64, 64), random_field(rng, 2, 64)
+    read, copy = _memory(best, threads)
+    # Half a MiB of claims for each thread: from its own cache, and enough that waking it does not count.
+    y = rng.integers(-(2**31), 2**31 - 1, (64 * threads, 2048), dtype=np.int32)
+    r, short, u = random_field(rng, 2, 2048), random_int8(rng, len(y), 64), random_field(rng, 2, 64)
     check = best(lambda: kernels.linear_check(y, r, short, u)) / y.size
-    many, one = _scores(c, best, rng, *_MANY), _scores(c, best, rng, *_ONE)
-    return SideRates(macs, read, copy, check, _token(c, best, rng, rows), _token(c, best, rng, 1), many, one)
+    # One head's rows are too few for many threads.
+    many = _scores(c, best, rng, *_MANY, kv=min(threads, c.num_kv_heads))
+    one = _scores(c, best, rng, *_ONE, kv=c.num_kv_heads)
+    token = _token(c, best, rng, max(rows, 64 * threads))
+    return SideRates(macs, read, copy, check, token, _token(c, best, rng, 1), many, one)
 
 
-def _scores(c: ModelConfig, best: _Best, rng: np.random.Generator, rows: int, keys: int) -> ScoreRates:
+def _memory(best: _Best, threads: int) -> tuple[float, float]:
+    """Bytes a second of reading by so many threads, and of one that copies: a message crosses a ring in one piece."""
+    words = np.ones(1 << (24 if threads == 1 else 26), np.uint64)
+    parts = np.array_split(words, threads)
+    with ThreadPoolExecutor(threads) as pool:
+        read = words.nbytes / best(lambda: list(pool.map(kernels.read_words, parts)))
+    words = words[: 1 << 24]
+    there = np.zeros_like(words)
+    return read, words.nbytes / best(lambda: np.copyto(there, words))
+
+
+def _scores(c: ModelConfig, best: _Best, rng: np.random.Generator, rows: int, keys: int, kv: int) -> ScoreRates:
     group, d = c.num_heads // c.num_kv_heads, c.head_dim
-    kv = c.num_kv_heads if rows == 1 else 1
-    heads, start = group * kv, keys - rows
+    heads = group * kv
     p = RandomPages(rng, keys, kv, d)
     q, q_scale = random_int8(rng, rows, heads, d), np.full((rows, heads), 2e-3, np.float32)
-    k = random_int8(rng, rows, kv, d)
-    scores = np.empty((heads, rows, keys), np.int32)
-    share_scores_into(scores, 0, keys, q, p.k, p.table)
-    weights = kernels.attention_weights_paged(scores, q_scale, p.k_scale, p.table, start)
-    sums, challenges = random_field(rng, kv, 2, d), random_field(rng, 2, keys)
-    o = np.zeros((rows, heads, d), np.int64)
+    start = keys - rows
     visible = heads * (rows * start + rows * (rows + 1) // 2)
-
-    def transfer() -> object:
-        return kernels.attention_transfer(scores, q, q_scale, k, sums, challenges, p.k_scale, p.g, p.table, start)
 
     def attend() -> object:
         return kernels.attention(q, q_scale, p.k, p.k_scale, p.v, p.table, start)
@@ -92,12 +98,29 @@ def _scores(c: ModelConfig, best: _Best, rng: np.random.Generator, rows: int, ke
     def replay() -> object:
         return kernels.attention_replay(q, q_scale, p.k, p.k_scale, p.g, p.table, start)
 
+    # Scores are held for so many rows at a time as `tsdp` holds them.
+    some = min(rows, max(1, SCORE_BYTES // (4 * heads * keys)))
+    few, few_scale, k = q[:some].copy(), q_scale[:some].copy(), random_int8(rng, some, kv, d)
+    scores = np.empty((heads, some, keys), np.int32)
+    share_scores_into(scores, 0, keys, few, p.k, p.table)
+    weights = kernels.attention_weights_paged(scores, few_scale, p.k_scale, p.table, keys - some)
+    sums, challenges = random_field(rng, kv, 2, d), random_field(rng, 2, keys)
+    o = np.zeros((some, heads, d), np.int64)
+
+    def transfer() -> object:
+        return kernels.attention_transfer(
+            scores, few, few_scale, k, sums, challenges, p.k_scale, p.g, p.table, keys - some
+        )
+
+    def softmax() -> object:
+        return kernels.attention_weights_paged(scores, few_scale, p.k_scale, p.table, keys - some)
+
     return ScoreRates(
         attend=best(attend) / visible,
         replay=best(replay) / visible,
         transfer=best(transfer) / scores.size,
-        softmax=best(lambda: kernels.attention_weights_paged(scores, q_scale, p.k_scale, p.table, start)) / scores.size,
-        qk=best(lambda: share_scores_into(scores, 0, keys, q, p.k, p.table)) / scores.size,
+        softmax=best(softmax) / scores.size,
+        qk=best(lambda: share_scores_into(scores, 0, keys, few, p.k, p.table)) / scores.size,
         pv=best(lambda: share_outputs_into(o, weights, 0, keys, p.v, p.table)) / scores.size,
     )
 
@@ -138,7 +161,9 @@ def measure(
         rates = Rates(tee, prover, LinkRates(), threads, prover_threads, cores)
     else:
         figures = device_figures(device)
-        rates = Rates(tee, device_side(c, figures), device_link(figures), threads, None, cores)
+        # Between device and ring its process copies as the TEE's does.
+        prover = replace(device_side(c, figures), copy=tee.copy)
+        rates = Rates(tee, prover, device_link(figures), threads, None, cores)
     return rates if link is None else with_link(rates, link)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from veriattn.bench.kernels import Result
 from veriattn.bench.measure import Sample
 from veriattn.bench.roofline import Floor
+from veriattn.bench.traffic import Bytes
 from veriattn.errors import UsageError
 
 #: Speed-ups that the paper states at its longest prompt and answer, its bus emulated; (strategy, baseline) -> factor.
@@ -110,6 +111,32 @@ class Point:
             "measured": asdict(self.sample),
         }  # fmt: skip
 
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Point:
+        """The point that `to_json` wrote down. Raises: KeyError, TypeError for anything else."""
+        floors = {name: {k: v for k, v in data[name].items() if k != "limit"} for name in ("floor", "attention_floor")}
+        measured = dict(data["measured"])
+        measured |= {name: Bytes(**measured[name]) for name in ("moved", "paper")}
+        return cls(
+            data["strategy"], data["length"], data["batch"], data["seconds"], data["attention_s"], Floor(**floors["floor"]),
+            Floor(**floors["attention_floor"]), Sample(**measured), data["ratio"],
+        )  # fmt: skip
+
+
+def measured_limit(s: Sample) -> str | None:
+    """The side that was busy for the greatest share of a traced repetition. None where nobody looked."""
+    if s.shares is None:
+        return None
+    busy = {}
+    for side, name in (("verifier", "tee"), ("prover", "prover")):
+        shares = s.shares.get(side)
+        if shares is not None:
+            busy[name] = 1.0 - shares["idle"] - shares.get("blocked", 0.0)
+    link = s.shares.get("link")
+    if link is not None:
+        busy["link"] = max(link.values())
+    return max(busy, key=lambda side: busy[side]) if busy else None
+
 
 def line(
     name: str, value: float, unit: str, *, bar: float | None = None, met: bool | None = None,
@@ -145,6 +172,8 @@ def point_results(conditions: Conditions, p: Point) -> list[Result]:
     results.append(line(f"{name}.tee_peak", s.tee_peak_bytes, "B"))
     if s.prover_peak_bytes is not None:
         results.append(line(f"{name}.prover_peak", s.prover_peak_bytes, "B"))
+    if s.device_bytes is not None:
+        results.append(line(f"{name}.device_peak", s.device_bytes, "B"))
     for side in ("verifier", "prover"):
         shares = None if s.shares is None else s.shares.get(side)
         if shares is not None:
@@ -263,6 +292,39 @@ def table(conditions: Conditions, points: Sequence[Point]) -> str:
             f"{s.tee_peak_bytes / 1e6:7.0f} MB{prover_peak:>8}{mark}"
         )
     return "\n".join(lines)
+
+
+def markdown(conditions: Conditions, points: Sequence[Point]) -> str:
+    """The same for documents. Prompts in seconds, tokens in milliseconds."""
+    factor, unit = (1.0, "s") if conditions.phase == "prefill" else (1e3, "ms")
+    columns = (
+        "strategy", "tokens", "batch", "p", f"time, {unit}", f"floor, {unit}", "of it", "limit of the floor", "busiest",
+        f"attention, {unit}", "MB to / from the prover", "TEE CPU, s", "idle TEE / prover", "peak GB TEE / prover / GPU",
+    )  # fmt: skip
+    rows = []
+    for p in points:
+        s, known = p.sample, p.floor.seconds > 0
+        ratio = "" if p.ratio is None else f"{p.ratio:g}" if isinstance(p.ratio, float) else p.ratio
+        if p.ratio == "auto" and s.ratio is not None:
+            ratio = f"~{s.ratio:.2f}"
+        peaks = [s.tee_peak_bytes, s.prover_peak_bytes, s.device_bytes]
+        rows.append((
+            f"`{p.strategy}`", f"{p.length:,}", str(p.batch), ratio, f"{factor * p.seconds:.4g}",
+            f"{factor * p.floor.seconds:.4g}" if known else "-", f"{p.floor.seconds / p.seconds:.0%}" if known else "-",
+            p.floor.limit if known else "-", measured_limit(s) or "-",
+            "-" if p.attention_s is None else f"{factor * p.attention_s:.4g}",
+            f"{s.moved.to_prover / 1e6:.2f} / {s.moved.from_prover / 1e6:.2f}", f"{s.tee_cpu_s:.4g}",
+            f"{_idle(s, 'verifier') or '-'} / {_idle(s, 'prover') or '-'}",
+            " / ".join("-" if b is None else f"{b / 1e9:.1f}" for b in peaks),
+        ))  # fmt: skip
+    return markdown_table(columns, rows)
+
+
+def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns that are empty throughout are left out."""
+    kept = [i for i in range(len(columns)) if not rows or any(row[i] for row in rows)]
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join("| " + " | ".join(line_[i] for i in kept) + " |" for line_ in lines)
 
 
 def _idle(s: Sample, side: str) -> str:

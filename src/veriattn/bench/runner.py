@@ -6,6 +6,9 @@ brings its own. A runner times its steps inside; whoever drives it chooses seque
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -28,6 +31,8 @@ from veriattn.wire.emulate import Throttle
 from veriattn.wire.messages import AttentionCheck
 
 _FILL = 1024
+#: Where Triton keeps compiled kernels.
+KERNELS_VARIABLE = "TRITON_CACHE_DIR"
 
 
 @dataclass(frozen=True)
@@ -79,6 +84,10 @@ class Runner(Protocol):
 
     def peaks(self) -> tuple[int, int | None]:
         """Most resident memory since the runner began: of this process, and of the prover's."""
+        ...
+
+    def device_bytes(self) -> int | None:
+        """Memory that the prover holds on a GPU. None without one."""
         ...
 
     def close(self) -> None: ...
@@ -182,9 +191,26 @@ def memory_bytes(process: int | str, field: str) -> int | None:
     return None
 
 
+def gpu_memory_bytes() -> int | None:
+    """Memory in use on the first GPU, by whomever: torch gives none back, so what a prover holds is the most it had.
+
+    None where nvidia-smi is missing or does not know.
+    """
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return None
+    command = [program, "--query-gpu=memory.used", "--format=csv,noheader,nounits", "--id=0"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    words = done.stdout.split()
+    return int(words[0]) << 20 if done.returncode == 0 and words and words[0].isdigit() else None
+
+
 @dataclass(frozen=True)
 class Setup:
-    """What all strategies of a run share."""
+    """What all strategies of a run share. gpu: whether the prover computes on one."""
 
     prefill_chunk: int | None = None
     batch: int = 1
@@ -194,6 +220,7 @@ class Setup:
     emulate_link: Throttle | None = None
     prover_command: tuple[str, ...] | None = None
     prover_threads: int | None = None
+    gpu: bool = False
 
 
 class Models:
@@ -269,6 +296,9 @@ class StrategyRunner:
     def _launch(self, model: VerifierModel) -> ChildProver:
         s = self._setup
         environment = {} if self._file is None else {TRACE_VARIABLE: self._file.path}
+        if s.gpu and KERNELS_VARIABLE in os.environ:
+            # A prover with a user of its own has no home, and each would compile all kernels anew.
+            environment[KERNELS_VARIABLE] = os.environ[KERNELS_VARIABLE]
         return ChildProver(model, s.prover_command, s.prover_threads, 300.0, s.emulate_link, environment)
 
     def _observe(self, operations: Operations) -> Operations:
@@ -376,6 +406,15 @@ class StrategyRunner:
         """See `Runner.peaks`."""
         pid = None if self.session is None else self.session.prover.pid
         return self._memory.bytes, None if pid is None else memory_bytes(pid, "VmHWM")
+
+    def device_bytes(self) -> int | None:
+        """See `Runner.device_bytes`."""
+        return gpu_memory_bytes() if self._setup.gpu and self._flow is not None else None
+
+    @property
+    def compiles(self) -> bool:
+        """Whether the first run of a shape takes longer than the second: kernels are compiled, chosen and captured."""
+        return self._setup.gpu and self._flow is not None
 
     def apart(self, on: bool) -> None:
         """Do layers operation by operation from now on, so that the time of attention is seen, or as it is done otherwise."""

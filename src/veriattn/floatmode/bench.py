@@ -210,6 +210,10 @@ class FloatRunner:
         pid = self._session.pid
         return self._memory.bytes, None if pid is None else memory_bytes(pid, "VmHWM")
 
+    def device_bytes(self) -> int | None:
+        """Not looked at in this mode."""
+        return None
+
     def close(self) -> None:
         """End the session and the prover."""
         self._session.close()
