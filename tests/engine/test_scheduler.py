@@ -19,7 +19,6 @@ def run(scheduler: Scheduler, sequences: dict[int, Sequence]) -> list[tuple[int,
     """One step as an engine does it; (id, start, tokens) of its runs."""
     batch = scheduler.next_batch()
     assert isinstance(batch, Batch)
-    scheduler.mark_computed(batch)
     for e in batch.entries:
         seq = sequences[e.seq_id]
         if e.logits == "last":

@@ -20,7 +20,8 @@ from veriattn.verifier import split as verifier_split
 from veriattn.verifier import tiling
 from veriattn.verifier.launch import ChildProver, RemoteProver
 from veriattn.verifier.model import VerifierModel
-from veriattn.verifier.session import Flow, Session, SessionConfig, cut_at_limits
+from veriattn.verifier.session import Flow, Session, SessionConfig
+from veriattn.verifier.steps import cut_at_limits
 from veriattn.wire.messages import HEADER_BYTES
 
 #: A batch of one and of five. The first is longer than the largest limit by so much that 0.3 of it is a block.

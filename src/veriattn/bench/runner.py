@@ -26,7 +26,8 @@ from veriattn.spec.reference import F32, I8, I32, I64
 from veriattn.trace import TRACE_VARIABLE, ProverFile, Span, Trace, summary
 from veriattn.verifier.launch import ChildProver
 from veriattn.verifier.model import VerifierModel
-from veriattn.verifier.session import Flow, Session, SessionConfig, cut_at_limits
+from veriattn.verifier.session import Flow, Session, SessionConfig
+from veriattn.verifier.steps import cut_at_limits
 from veriattn.wire.emulate import Throttle
 from veriattn.wire.messages import AttentionCheck
 

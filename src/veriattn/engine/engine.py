@@ -192,6 +192,10 @@ class Engine:
         self.states: dict[int, RequestState] = {}
         self._scheduler = Scheduler(c.prefill_chunk, c.max_sequences, c.kv_tokens)
         self._executor: Executor | None = None
+        #: The step after the one that ran last, where no sample decides what is in it: the prover may know of it already.
+        self._planned: Batch | None = None
+        #: Sequences that ended while a step was planned, to be freed after it.
+        self._ended: list[int] = []
         self._past = ExecutorReport()
         self._next_id = 0
         self.restarts = 0
@@ -260,7 +264,7 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        return bool(self._scheduler.waiting or self._scheduler.running)
+        return bool(self._planned or self._scheduler.waiting or self._scheduler.running)
 
     def load(self) -> tuple[int, int, int]:
         """Requests admitted, requests waiting, cache entries that the admitted ones reserve."""
@@ -274,14 +278,16 @@ class Engine:
 
         Raises: VerificationError and other ProverFault, after the configured retries; nothing of the step is released.
         """
-        batch = self._scheduler.next_batch()
-        if batch is None:
-            return []
-        self.step_ids = tuple(e.seq_id for e in batch.entries)
         try:
+            batch, self._planned = self._planned or self._scheduler.next_batch(), None
+            if batch is None:
+                return []
+            # A step without samples leaves nothing open about the next one.
+            following = None if batch.logit_rows() or self._ended else self._scheduler.next_batch()
+            self.step_ids = tuple(e.seq_id for e in batch.entries)
             if self._executor is None:
                 self._executor = self.model.start()
-            logits = self._executor.run(batch)
+            logits = self._executor.run(batch, following)
         except (ProverUnavailable, ProverTimeout):
             self.reset()
             if self.restarts >= self.config.retries:
@@ -291,15 +297,20 @@ class Engine:
         except BaseException:
             self.reset()
             raise
-        self._scheduler.mark_computed(batch)
-        return self._release(batch, logits)
+        self._planned = following
+        outputs = self._release(batch, logits)
+        while self._ended and self._planned is None:
+            self._free(self._ended.pop())
+        return outputs
 
     def _release(self, batch: Batch, logits: Any) -> list[TokenOutput]:
         outputs, row = [], 0
         for entry in batch.entries:
             if entry.logits != "last":
                 continue
-            outputs.append(self._accept(self.states[entry.seq_id], logits[row]))
+            state = self.states.get(entry.seq_id)
+            if state is not None and state.finish_reason is None:
+                outputs.append(self._accept(state, logits[row]))
             row += 1
         return outputs
 
@@ -329,12 +340,21 @@ class Engine:
 
     def _finish(self, state: RequestState, reason: FinishReason) -> None:
         state.finish_reason = reason
-        if self._scheduler.remove(state.sequence) and self._executor is not None:
-            try:
-                self._executor.free(state.sequence.seq_id)
-            except VeriattnError:
-                # The token was checked before; the next step meets the dead prover and reports it.
-                self.reset()
+        if not self._scheduler.remove(state.sequence):
+            return
+        if self._planned is None:
+            self._free(state.sequence.seq_id)
+        else:
+            self._ended.append(state.sequence.seq_id)
+
+    def _free(self, seq_id: int) -> None:
+        if self._executor is None:
+            return
+        try:
+            self._executor.free(seq_id)
+        except VeriattnError:
+            # The token was checked before; the next step meets the dead prover and reports it.
+            self.reset()
 
     def reset(self) -> None:
         """End the session. Unfinished requests recompute from their released tokens in the next step's session."""
@@ -342,6 +362,8 @@ class Engine:
         if executor is not None:
             self._past.add(executor.report())
             executor.close()
+        self._planned = None
+        self._ended.clear()
         self._scheduler.requeue_all()
 
     def stream(self, request_id: int) -> Iterator[TokenOutput]:

@@ -14,7 +14,8 @@ FinishReason = Literal["stop", "length", "cancelled"]
 
 @dataclass
 class Sequence:
-    """One request's tokens. `computed` counts those whose keys and values are in the cache. `owner`: whose it is."""
+    """One request's tokens. `computed` counts those whose keys and values are in the cache, or will be after the steps that
+    have been handed out. `owner`: whose it is."""
 
     seq_id: int
     prompt_ids: tuple[int, ...]
@@ -85,7 +86,9 @@ class Scheduler:
         return seq.reserved_tokens <= self._kv_tokens
 
     def next_batch(self) -> Batch | None:
-        """The next step, or None if there is nothing to run. `mark_computed` must follow a successful run."""
+        """The next step, or None if there is nothing to run. It counts as computed from now on: the step after it can be
+        asked for before it has run, and has no part in what waits for a sample. `requeue_all` where it could not be run.
+        """
         self._admit()
         budget, entries = self._budget, []
         decoding = [s for s in self.running if s.num_tokens - s.computed == 1]
@@ -97,18 +100,13 @@ class Scheduler:
             last = seq.computed + n == seq.num_tokens
             tokens = seq.tokens(seq.computed, n)
             entries.append(BatchEntry(seq.seq_id, seq.computed, tokens, "last" if last else "none"))
+            seq.computed += n
             budget -= n
         if len(entries) < len(decoding):
             # Those who got their token go to the end, so that a budget smaller than the batch starves nobody.
             served = {e.seq_id for e in entries}
             self.running.sort(key=lambda s: s.seq_id in served)
         return Batch(tuple(entries)) if entries else None
-
-    def mark_computed(self, batch: Batch) -> None:
-        """The step has run."""
-        counts = {e.seq_id: e.start + e.num_tokens for e in batch.entries}
-        for seq in self.running:
-            seq.computed = counts.get(seq.seq_id, seq.computed)
 
     def _admit(self) -> None:
         reserved = sum(s.reserved_tokens for s in self.running)

@@ -87,12 +87,13 @@ class ExecutorReport:
 class Executor(Protocol):
     """Runs steps. Whatever `run` returns may be sampled from; under a verifying strategy it has been checked."""
 
-    def run(self, batch: Batch) -> F32:
-        """One step: logits (rows, vocab) for the rows asked for. Raises: VeriattnError; the executor is then closed."""
+    def run(self, batch: Batch, following: Batch | None = None) -> F32:
+        """One step: logits (rows, vocab) for the rows asked for. following: the next call's batch, if it is certain by now;
+        others may then begin with it early. Raises: VeriattnError; the executor is then closed."""
         ...
 
     def free(self, seq_id: int) -> None:
-        """Forget a sequence."""
+        """Forget a sequence. Not between a step and the one that followed it in `run`."""
         ...
 
     def report(self) -> ExecutorReport: ...
@@ -111,7 +112,7 @@ class FullTeeExecutor:
         self._observed: Operations = self._ops
         self._cpu_s = 0.0
 
-    def run(self, batch: Batch) -> F32:
+    def run(self, batch: Batch, following: Batch | None = None) -> F32:
         cpu = time.process_time()
         check_batch(self._weights.tensors, batch, [self._ops.length(e.seq_id) for e in batch.entries])
         if self._max_bytes is not None:
@@ -180,8 +181,8 @@ class SessionExecutor:
     def __init__(self, session: Session) -> None:
         self.session = session
 
-    def run(self, batch: Batch) -> F32:
-        return self.session.run(batch)
+    def run(self, batch: Batch, following: Batch | None = None) -> F32:
+        return self.session.run(batch, following)
 
     def free(self, seq_id: int) -> None:
         self.session.free(seq_id)

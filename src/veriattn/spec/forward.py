@@ -88,6 +88,16 @@ class Batch:
         rows = [i for e, s in slices if e.seq_id not in seq_ids for i in range(s.start, s.stop)]
         return (Batch(kept) if kept else None), rows
 
+    def then(self, other: Batch) -> Batch:
+        """This batch and the next one as one: runs of the same sequence follow each other."""
+        runs = {e.seq_id: e for e in self.entries}
+        for e in other.entries:
+            first = runs.get(e.seq_id)
+            runs[e.seq_id] = (
+                e if first is None else BatchEntry(e.seq_id, first.start, first.token_ids + e.token_ids, e.logits)
+            )
+        return Batch(tuple(runs.values()))
+
     def logit_rows(self) -> list[int]:
         """Rows of the flattened token axis whose logits are asked for, in order."""
         rows: list[int] = []

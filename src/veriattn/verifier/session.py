@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Literal, Protocol
+from typing import Literal
 
 import numpy as np
 
@@ -35,6 +35,7 @@ from veriattn.verifier.memory import Need, reserve
 from veriattn.verifier.model import VerifierModel
 from veriattn.verifier.own import OwnLayers, read_matrices
 from veriattn.verifier.split import SplitAttention
+from veriattn.verifier.steps import AutoSwitch, Begun, Steps
 from veriattn.verifier.tiling import Tiling
 from veriattn.wire.messages import (
     READY_BYTES,
@@ -42,21 +43,15 @@ from veriattn.wire.messages import (
     Hello,
     Kind,
     Limits,
-    LogitRows,
     Mode,
     Ready,
-    Step,
-    StepEntry,
     decode_ready,
     encode_free,
     encode_hello,
-    encode_step,
 )
 from veriattn.wire.operations import LOAD_BYTES, LoadRequest, encode_load
 
 __all__ = ["ChildProver", "Flow", "Launcher", "Prover", "Session", "SessionConfig", "SessionStats"]
-
-_LOGIT_ROWS = {"none": LogitRows.NONE, "last": LogitRows.LAST, "all": LogitRows.ALL}
 
 
 class Flow(Enum):
@@ -137,41 +132,6 @@ class SessionStats:
         return self.checks.receive_s
 
 
-def cut_at_limits(batch: Batch, limits: Mapping[int, int]) -> list[Batch]:
-    """Cut runs that lie on both sides of their sequence's limit, so that each part lies on one."""
-    first, second = [], []
-    for e in batch.entries:
-        cut = limits.get(e.seq_id, 0) - e.start
-        if 0 < cut < e.num_tokens:
-            first.append(BatchEntry(e.seq_id, e.start, e.token_ids[:cut], "all" if e.logits == "all" else "none"))
-            second.append(BatchEntry(e.seq_id, e.start + cut, e.token_ids[cut:], e.logits))
-        else:
-            first.append(e)
-    return [Batch(tuple(part)) for part in (first, second) if part]
-
-
-class _Choosable(Protocol):
-    """Operations whose attention check may change between steps."""
-
-    attention_check: AttentionCheck
-    attention_s: float
-
-
-@dataclass
-class _Auto:
-    """A chooser, and what it chooses for."""
-
-    chooser: AutoCheck
-    ops: _Choosable
-    before_s: float = 0.0
-
-    def begin(self, batch: Batch) -> None:
-        self.ops.attention_check, self.before_s = self.chooser.next(batch), self.ops.attention_s
-
-    def end(self, batch: Batch) -> None:
-        self.chooser.took(batch, self.ops.attention_check, self.ops.attention_s - self.before_s)
-
-
 class Session:
     """Drives one prover and releases only what has been checked.
 
@@ -210,7 +170,8 @@ class Session:
         self._split: SplitAttention | None = None
         self._shield: Shield | None = None
         self._own: OwnLayers | None = None
-        self._auto: _Auto | None = None
+        #: A batch that the prover works on already, while the one before it is being checked.
+        self._ahead: Begun | None = None
         try:
             self._prover = launch(model)
         except BaseException:
@@ -218,6 +179,7 @@ class Session:
             raise
         self.channel = self._prover.channel
         self.channel.set_trace(self.config.trace)
+        self._steps = Steps(self.channel, flow.mode, self.config.attention_check)
         try:
             self.ready = self._greet(flow.mode)
             if self._keys is not None:
@@ -290,10 +252,10 @@ class Session:
             veriattn = VeriattnOperations(
                 checker, channel, self._sender, check, config.tiling, self._split, self._shield, self._own
             )
-            self._auto = _Auto(AutoCheck(self.model.tensors.config), veriattn) if auto else None
+            self._steps.auto = AutoSwitch(AutoCheck(self.model.tensors.config), veriattn) if auto else None
             return checker, veriattn
         run_ahead = RunAheadOperations(checker, channel, check, self._split)
-        self._auto = _Auto(AutoCheck(self.model.tensors.config), run_ahead) if auto else None
+        self._steps.auto = AutoSwitch(AutoCheck(self.model.tensors.config), run_ahead) if auto else None
         return checker, run_ahead
 
     @property
@@ -331,25 +293,29 @@ class Session:
         """Tokens of a sequence that have been run."""
         return self._lengths.get(seq_id, 0)
 
-    def run(self, batch: Batch) -> F32:
+    def run(self, batch: Batch, following: Batch | None = None) -> F32:
         """One step. Returns checked logits for `batch.logit_rows()`, (rows, vocab).
+
+        following: the batch of the next call, if it is certain by now. Where the prover runs ahead, it is told at once, and
+        computes it while the claims of this one are checked; nothing of it is looked at before the next call.
 
         Raises: VerificationError and below for a wrong claim; ProverFault and below; NumericsError. All end the session.
         """
         self._check_open()
-        if batch.num_tokens > self.config.max_tokens_per_step or len(batch.entries) > self.config.max_sequences:
-            raise InternalError("a batch beyond the session's limits")
-        lengths = [self.length(e.seq_id) for e in batch.entries]
-        check_batch(self.model.tensors, batch, lengths)
-        live = set(self._lengths) | {e.seq_id for e in batch.entries}
-        if len(live) > self.config.max_sequences:
-            raise UsageError(f"more than {self.config.max_sequences} sequences at a time")
-        self._make_room(batch)
+        begun, self._ahead = self._ahead, None
+        if begun is not None and begun.batch != batch:
+            raise self._misused("another batch than the one that was to follow")
+        if begun is None:
+            self._check_batch(batch)
+            self._make_room(batch)
         cpu = time.process_time()
         try:
             self.channel.timeout_s = self.config.step_timeout_s
+            begun = begun or self._steps.begin(batch, self._kv_limits)
+            if following is not None and self._may_begin(following, begun):
+                self._ahead = self._steps.begin(following, self._kv_limits)
             with self.config.trace.span("step", f"step {self.stats.steps}"):
-                logits = self._run_parts(batch)
+                logits = self._run_parts(begun)
             # Closed by another thread in the meantime: what was checked last may have been checked with overwritten keys.
             self._check_open()
         except BaseException as e:
@@ -365,9 +331,42 @@ class Session:
             self.stats.checks.elementwise_replayed += 7 * c.num_layers * batch.num_tokens + 2 * len(batch.logit_rows())
         return logits
 
-    def _make_room(self, batch: Batch) -> None:
+    def _misused(self, what: str) -> InternalError:
+        """A caller's mistake after which the two sides no longer agree on what comes next."""
+        error = InternalError(what)
+        self._end(error)
+        return error
+
+    def _check_batch(self, batch: Batch, before: Batch | None = None) -> None:
+        """Whether the batch may run next, or after `before`. Raises: InternalError, UsageError, with nothing changed."""
+        if batch.num_tokens > self.config.max_tokens_per_step or len(batch.entries) > self.config.max_sequences:
+            raise InternalError("a batch beyond the session's limits")
+        lengths = dict(self._lengths)
+        if before is not None:
+            lengths.update({e.seq_id: e.start + e.num_tokens for e in before.entries})
+        check_batch(self.model.tensors, batch, [lengths.get(e.seq_id, 0) for e in batch.entries])
+        if len(set(lengths) | {e.seq_id for e in batch.entries}) > self.config.max_sequences:
+            raise UsageError(f"more than {self.config.max_sequences} sequences at a time")
+
+    @property
+    def _kv_limits(self) -> Mapping[int, int]:
+        """How many keys of each sequence the prover keeps; none where it keeps all."""
+        return {} if self._split is None else self._split.limits
+
+    def _may_begin(self, following: Batch, begun: Begun) -> bool:
+        """Whether the prover may be told of the next batch by now; makes room for it. Raises: InternalError, UsageError."""
+        if not self._steps.may_precede(begun, following):
+            return False
+        self._check_batch(following, begun.batch)
+        try:
+            self._make_room(following, begun.batch)
+        except ConfigError:
+            return False  # said when its turn comes
+        return True
+
+    def _make_room(self, batch: Batch, before: Batch | None = None) -> None:
         """First come, first served: a new sequence gets what is left of the prover's capacity. Where keys and values may take
-        only so much memory here, make sure of it. Raises: ConfigError, with nothing changed."""
+        only so much memory here, make sure of it, with `before` still to be run. Raises: ConfigError, with nothing changed."""
         new: dict[int, int] = {}
         if self._split is not None:
             per, total = self.config.prover_kv_tokens, self.config.prover_kv_total
@@ -380,7 +379,7 @@ class Session:
                     given += new[e.seq_id]
         if self.config.tee_memory_bytes is not None and self._checker is not None:
             limits = {} if self._split is None else {**self._split.limits, **new}
-            self._reserve(batch, limits, self.config.tee_memory_bytes)
+            self._reserve(batch if before is None else before.then(batch), limits, self.config.tee_memory_bytes)
         if self._split is not None:
             self._split.limits.update(new)
 
@@ -413,17 +412,17 @@ class Session:
             caches += [c.nbytes for c in self._own.caches]
         return sum(caches)
 
-    def _run_parts(self, batch: Batch) -> F32:
+    def _run_parts(self, begun: Begun) -> F32:
         """The batch, with runs that cross their sequence's limit in two parts, one after the other."""
-        rows: dict[int, list[F32]] = {e.seq_id: [] for e in batch.entries}
-        for part in cut_at_limits(batch, {} if self._split is None else self._split.limits):
-            if self._auto is not None:
-                self._auto.begin(part)
-            if self.flow.mode is not Mode.OPERATIONS:
-                self._send_step(part)
+        rows: dict[int, list[F32]] = {e.seq_id: [] for e in begun.batch.entries}
+        for index, step in enumerate(begun.parts):
+            part = step.batch
+            self._steps.reach(begun, index, self._kv_limits)
+            if self._steps.auto is not None:
+                self._steps.auto.begin(step.check)
             logits = self._replay(part) if self._ops is not None else self._take_logits(part)
-            if self._auto is not None:
-                self._auto.end(part)
+            if self._steps.auto is not None:
+                self._steps.auto.end(part)
             self.stats.steps += 1
             if self._split is not None:
                 self._split.end_step()
@@ -433,26 +432,6 @@ class Session:
                 rows[e.seq_id].append(logits[at : at + count])
                 at += count
         return np.concatenate([piece for pieces in rows.values() for piece in pieces])
-
-    def _check(self) -> AttentionCheck:
-        """The attention check of the step at hand."""
-        if self._auto is not None:
-            return self._auto.ops.attention_check
-        return AttentionCheck.REPLAY if self.config.attention_check == "auto" else self.config.attention_check
-
-    def _send_step(self, batch: Batch) -> None:
-        limits = {} if self._split is None else self._split.limits
-        step = Step(
-            step=self.stats.steps,
-            mode=self.flow.mode,
-            attention_check=self._check(),
-            entries=tuple(
-                StepEntry(e.seq_id, e.start, e.num_tokens, _LOGIT_ROWS[e.logits], limits.get(e.seq_id))
-                for e in batch.entries
-            ),
-            token_ids_i32=batch.token_ids(),
-        )
-        self.channel.send(Kind.STEP, encode_step(step))
 
     def _replay(self, batch: Batch) -> F32:
         if self._ops is None:
@@ -498,7 +477,10 @@ class Session:
         self._lengths[seq_id] = start + entry.num_tokens
 
     def free(self, seq_id: int) -> None:
-        """Forget a sequence on both sides. Raises: ProverFault and below."""
+        """Forget a sequence on both sides. Raises: InternalError while the prover works on a batch ahead; ProverFault and
+        below."""
+        if self._ahead is not None and not self.closed:
+            raise self._misused("a sequence freed between a batch and the one to follow it")
         if self._lengths.pop(seq_id, None) is None or self.closed:
             return
         if self._checker is not None:

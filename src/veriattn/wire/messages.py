@@ -128,7 +128,7 @@ class Limits:
     def max_payload_bytes(self, kind: int) -> int:
         """Largest payload of a message of the verifier of this kind."""
         if kind == Kind.STEP:
-            return _STEP.size + self.max_sequences * _STEP_ENTRY.size + self.max_tokens_per_step * 4
+            return step_bytes(self.max_sequences, self.max_tokens_per_step)
         if kind == Kind.FREE:
             return 8 * self.max_sequences
         return MAX_HELLO_BYTES if kind == Kind.HELLO else 0
@@ -261,6 +261,11 @@ def _is_hex(value: object, length: int) -> bool:
     return isinstance(value, str) and len(value) == length and set(value) <= set("0123456789abcdef")
 
 
+def step_bytes(num_entries: int, total_tokens: int) -> int:
+    """Size of a STEP's payload."""
+    return _STEP.size + num_entries * _STEP_ENTRY.size + total_tokens * 4
+
+
 def encode_step(step: Step) -> bytes:
     """STEP payload: fixed part, entries, token ids."""
     token_ids = np.ascontiguousarray(step.token_ids_i32, dtype="<i4")
@@ -285,7 +290,7 @@ def decode_step(payload: Buffer, limits: Limits) -> Step:
     step, mode, check, num_entries, total = _STEP.unpack_from(raw)
     if not 1 <= num_entries <= limits.max_sequences or not 1 <= total <= limits.max_tokens_per_step:
         raise BadRequest("STEP has too many or no entries or tokens")
-    if len(raw) != _STEP.size + num_entries * _STEP_ENTRY.size + total * 4:
+    if len(raw) != step_bytes(num_entries, total):
         raise BadRequest("STEP has another length than its counts say")
     if mode > Mode.LOGITS or check > AttentionCheck.TRANSFER:
         raise BadRequest("STEP has an unknown mode or attention check")
