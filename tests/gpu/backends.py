@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import mmap
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from tests.helpers import Bits
 
-from veriattn.prover.backend import Backend
+from veriattn.prover.backend import Backend, StartPiece
 from veriattn.prover.cpu import CpuBackend
+from veriattn.prover.cuda import memory
 from veriattn.prover.cuda.backend import CudaBackend
 from veriattn.spec.forward import Batch, BatchEntry
 from veriattn.spec.model import ModelConfig
@@ -32,6 +35,35 @@ class Collected:
         self.claims.append((name, values.shape, values.dtype.str, values.tobytes()))
 
 
+class Shared(Collected):
+    """A sink with memory that the device writes claims into by itself, in small pieces, as a ring has it."""
+
+    def __init__(self, piece_bytes: int = 1 << 16) -> None:
+        super().__init__()
+        self._map = mmap.mmap(-1, 1 << 22)
+        self._piece_bytes = piece_bytes
+        self.straight = 0
+
+    @property
+    def memory(self) -> memoryview | None:
+        return memoryview(self._map)
+
+    def claim_group(self, name: str, claims: Sequence[np.ndarray[Any, Any]]) -> None:
+        for values in claims:
+            self.claim(name, values)
+
+    def claim_pieces(self, name: str, sizes: Sequence[int], start: StartPiece) -> None:
+        self.straight += 1
+        for claim, size in enumerate(sizes):
+            whole = bytearray()
+            while len(whole) < size:
+                count = min(self._piece_bytes, size - len(whole))
+                place = self.memory[len(self.claims) % 7 :][:count]  # type: ignore[index]
+                start(claim, len(whole), place)()
+                whole += place
+            self.claims.append((name, (size,), "bytes", bytes(whole)))
+
+
 def same_claims(got: list[Claim], expected: list[Claim]) -> None:
     assert [c[:3] for c in got] == [c[:3] for c in expected]
     for ours, theirs in zip(got, expected, strict=True):
@@ -48,19 +80,23 @@ class Pair:
         self.cuda = CudaBackend(path, expected_digest=digest, device=device, **limits)
         self.config: ModelConfig = self.cuda.config
 
-    def step(self, check: AttentionCheck, *entries: BatchEntry) -> np.ndarray[Any, Any]:
-        sinks, logits = (Collected(), Collected()), []
+    def step(self, check: AttentionCheck, *entries: BatchEntry) -> None:
+        self.steps(check, [entries])
+
+    def steps(self, check: AttentionCheck, steps: Sequence[Sequence[BatchEntry]]) -> None:
+        """Steps that the prover knows beforehand: the claims of one may leave while the next is computed."""
+        sinks = Collected(), Collected()
         for backend, sink in zip((self.cpu, self.cuda), sinks, strict=True):
-            logits.append(backend.step(Batch(entries), check, sink))
+            for entries in steps:
+                backend.step(Batch(tuple(entries)), check, sink)
+            backend.finish()
         same_claims(sinks[1].claims, sinks[0].claims)
-        assert logits[0].dtype == logits[1].dtype and logits[0].shape == logits[1].shape
-        assert logits[0].tobytes() == logits[1].tobytes()
-        return logits[1]
 
     def ask(self, operation: str, request: object) -> None:
         sinks = Collected(), Collected()
         for backend, sink in zip((self.cpu, self.cuda), sinks, strict=True):
             getattr(backend, operation)(request, sink)
+            backend.finish()
         assert sinks[0].claims
         same_claims(sinks[1].claims, sinks[0].claims)
 
@@ -90,6 +126,36 @@ def check_steps(pair: Pair, long: int) -> None:
     pair.step(replay, BatchEntry(1, long + 44, (8,), "last"), BatchEntry(2, 0, tokens(c, "g", 5), "last"))
     assert pair.cuda.nonzero_bytes() > 0
     pair.free(1, 2, 3)
+    assert pair.cuda.nonzero_bytes() == 0
+
+
+def check_ahead(pair: Pair, chunk: int, chunks: int) -> None:
+    """A prompt whose chunks are all known, then tokens: more layers than there are slots are on their way between them."""
+    c = pair.config
+    ids = tokens(c, "ahead", chunk * chunks)
+    for check in AttentionCheck:
+        steps = [[BatchEntry(1, at, ids[at : at + chunk], "none")] for at in range(0, len(ids), chunk)]
+        steps += [[BatchEntry(1, len(ids) + i, (3 + i,), "last")] for i in range(3)]
+        pair.steps(check, steps)
+        pair.free(1)
+    assert pair.cuda.nonzero_bytes() == 0
+
+
+def check_straight(pair: Pair, rows: int, staged_bytes: int = 0) -> None:
+    """Claims that the device writes into shared memory have the same bytes in the same order; an answer that has to come
+    back, and a step without a sink in between, do not meet what is on its way."""
+    c, expected, sink = pair.config, Collected(), Shared()
+    entry = BatchEntry(1, 0, tokens(c, "straight", rows), "last")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(memory, "STAGED_BYTES", staged_bytes)
+        pair.cpu.step(Batch((entry,)), AttentionCheck.TRANSFER, expected)
+        pair.cuda.step(Batch((entry,)), AttentionCheck.TRANSFER, sink)
+        got = pair.cuda.step(Batch((BatchEntry(2, 0, (5, 6)),)), AttentionCheck.REPLAY, None)
+        pair.cuda.finish()
+        assert got.tobytes() == pair.cpu.step(Batch((BatchEntry(2, 0, (5, 6)),)), AttentionCheck.REPLAY, None).tobytes()
+        assert sink.straight > 0
+        assert [claim[3] for claim in sink.claims] == [claim[3] for claim in expected.claims]
+        pair.free(1, 2)
     assert pair.cuda.nonzero_bytes() == 0
 
 

@@ -49,6 +49,21 @@ def check_flows(
             session.free(1)
 
 
+def check_prompt(path: Path, command: Sequence[str], length: int, chunk: int) -> None:
+    """A prompt in chunks, each known to the prover while the one before is checked; the logits are the canonical ones."""
+    model, local = VerifierModel(path), LocalModel.open(path)
+    ids = tuple((7919 * i) % model.tensors.config.vocab_size for i in range(length))
+    steps = [
+        Batch((BatchEntry(0, at, ids[at : at + chunk], "last" if at + chunk >= length else "none"),))
+        for at in range(0, length, chunk)
+    ]
+    config = SessionConfig(max_tokens_per_step=chunk)
+    with Session(model, lambda m: ChildProver(m, command, timeout_s=300.0), config) as session:
+        for batch, following in zip(steps, [*steps[1:], None], strict=True):
+            expected = local.step(*batch.entries)
+            assert session.run(batch, following).tobytes() == expected.tobytes()
+
+
 def _batches(local: LocalModel) -> list[tuple[Batch, np.ndarray[tuple[int, ...], np.dtype[np.float32]]]]:
     tokens, at, found = list(PROMPTS), [0, 0], []
     for _ in range(3):

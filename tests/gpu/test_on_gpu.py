@@ -13,7 +13,7 @@ pytest.importorskip("torch")
 pytest.importorskip("triton")
 
 from tests.gpu import backends, kernels
-from tests.gpu.sessions import check_flows
+from tests.gpu.sessions import check_flows, check_prompt
 
 from veriattn.prover.cuda import exponential, launch
 from veriattn.spec.forward import BatchEntry
@@ -152,6 +152,8 @@ def test_backend(make_model: Callable[..., Path], changes: dict[str, Any]) -> No
     pair = backends.Pair(make_model(num_layers=5, **changes), "cuda")
     backends.check_steps(pair, 700)
     backends.check_operations(pair)
+    backends.check_ahead(pair, 200, 3)
+    backends.check_straight(pair, 150)
     backends.check_greedy(pair, 300, 40)
 
 
@@ -178,3 +180,9 @@ def test_decode_by_graphs(make_model: Callable[..., Path], check: AttentionCheck
 def test_sessions_of_every_flow(make_model: Callable[..., Path]) -> None:
     """The real prover process on the GPU, checked by the verifier."""
     check_flows(make_model(num_layers=3), builtin_prover("cuda"))
+
+
+def test_a_long_prompt_through_a_pinned_ring(make_model: Callable[..., Path]) -> None:
+    """Claims of tens of megabytes, which the device writes into the ring; each chunk is known while the last is checked."""
+    path = make_model(num_layers=4, **REAL)
+    check_prompt(path, builtin_prover("cuda"), 2500, 700)

@@ -1,4 +1,7 @@
-"""The prover with the CUDA backend on CPU tensors, through Triton's interpreter: a program for `--prover-command`."""
+"""The prover with the CUDA backend on CPU tensors, through Triton's interpreter: a program for `--prover-command`.
+
+An argument replaces the size from which claims are written straight into the ring.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from pathlib import Path
 
 os.environ["TRITON_INTERPRET"] = "1"
 
+from veriattn.prover.cuda import memory
 from veriattn.prover.cuda.backend import CudaBackend
 from veriattn.prover.serve import serve
 from veriattn.wire.channel import inherited_channel
@@ -23,6 +27,8 @@ def backend(hello: Hello) -> CudaBackend:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        memory.STAGED_BYTES = int(sys.argv[1])
     with inherited_channel() as channel:
         serve(channel, backend)
     sys.exit(0)

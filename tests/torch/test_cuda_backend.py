@@ -44,6 +44,28 @@ def test_more_layers_than_slots(make_model: Maker) -> None:
     pair.step(AttentionCheck.TRANSFER, BatchEntry(1, 3, (8,), "last"))
 
 
+def test_chunks_known_ahead(make_model: Maker) -> None:
+    backends.check_ahead(backends.Pair(make_model(num_layers=4), "cpu"), 6, 2)
+
+
+@pytest.mark.parametrize("staged_bytes", [0, 8000])
+def test_claims_written_into_the_ring(pair: backends.Pair, staged_bytes: int) -> None:
+    """All of them, and only those of large layers."""
+    backends.check_straight(pair, 70, staged_bytes)
+
+
+def test_a_step_without_a_sink_leaves_what_is_on_its_way(make_model: Maker) -> None:
+    """Slots that hold claims which have not left are not written to."""
+    pair = backends.Pair(make_model(num_layers=2), "cpu")
+    entry = Batch((BatchEntry(1, 0, (5, 6, 7), "none"),))
+    expected, got = backends.Collected(), backends.Collected()
+    pair.cpu.step(entry, AttentionCheck.REPLAY, expected)
+    pair.cuda.step(entry, AttentionCheck.REPLAY, got)
+    pair.cuda.step(Batch((BatchEntry(2, 0, (9, 9, 9, 9)),)), AttentionCheck.REPLAY, None)
+    pair.cuda.finish()
+    backends.same_claims(got.claims, expected.claims)
+
+
 def test_greedy_answers(pair: backends.Pair) -> None:
     assert len(set(backends.check_greedy(pair, 6, 5))) > 1
 
@@ -102,6 +124,7 @@ def test_activations_out_of_range_end_the_step(make_model: Maker) -> None:
         for sink in (None, backends.Collected()):
             with pytest.raises(NumericsError):
                 backend.step(batch, AttentionCheck.REPLAY, sink)
+                backend.finish()  # claims may be on their way until then
             backend.free(1)
 
 
@@ -129,13 +152,18 @@ def test_a_full_cache_is_said(make_model: Maker) -> None:
         pair.cuda.step(Batch((BatchEntry(3, 0, (5,), "none"),)), AttentionCheck.REPLAY, None)
 
 
-@pytest.mark.parametrize("case", [0, 3, 4, 6, 8])
-def test_sessions(make_model: Maker, case: int) -> None:
+@pytest.mark.parametrize(
+    ("case", "staged_bytes"), [(0, None), (3, None), (4, None), (6, None), (8, None), (1, 0), (2, 0)]
+)
+def test_sessions(make_model: Maker, case: int, staged_bytes: int | None) -> None:
     """The verifier accepts every claim of the CUDA backend, in a process of its own; the logits are the canonical ones.
 
-    `make test-gpu` runs all of CASES; these have every kind of message.
+    `make test-gpu` runs all of CASES; these have every kind of message. With 0 staged bytes every claim is written straight
+    into the ring.
     """
     seen = []
     command = (sys.executable, str(Path(__file__).with_name("interpreted_prover.py")))
+    if staged_bytes is not None:
+        command += (str(staged_bytes),)
     check_flows(make_model(), command, CASES[case : case + 1], look=lambda session: seen.append(session.ready.device))
     assert seen == ["cuda (interpreted)"]

@@ -117,30 +117,34 @@ def prefill(runner: Runner, length: int, batch: int, chunk: int, vocab_size: int
     To warm up, a few tokens; where kernels are compiled for the shapes they meet, the prompts themselves.
     """
     steps = prompt_steps(length, batch, chunk, vocab_size)
+    # As the engine does it: the next step is certain where this one ends in no sample.
+    following = [None if step.logit_rows() else after for step, after in zip(steps, [*steps[1:], None], strict=True)]
 
     def once() -> StepTime:
-        times = [runner.step(step) for step in steps]
+        return _combine([runner.step(step, after) for step, after in zip(steps, following, strict=True)])
+
+    def free() -> None:
         for seq_id in range(batch):
             runner.free(seq_id)
-        return _combine(times)
 
     if _compiles(runner):
         once()
+        free()
     else:
         runner.step(Batch((BatchEntry(0, 0, token_ids(min(64, length), vocab_size)),)))
         runner.free(0)
     times, readings = [], []
     for _ in range(repetitions):
         before = runner.counters()
-        times.append(_combine([runner.step(step) for step in steps]))
+        times.append(once())
         readings.append((before, runner.counters()))
-        for seq_id in range(batch):
-            runner.free(seq_id)
+        free()
     shares = None
     if not isinstance(runner, StrategyRunner) or runner.flow is not None:
         runner.shares(trace=True)
         once()
         shares = runner.shares(trace=False)
+        free()
     return sample_of(runner, times, readings[0][0], _sum(readings), shares)
 
 

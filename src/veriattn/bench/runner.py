@@ -64,8 +64,8 @@ class Runner(Protocol):
         """Its name, for tables."""
         ...
 
-    def step(self, batch: Batch) -> StepTime:
-        """One step, checked as the strategy checks it."""
+    def step(self, batch: Batch, following: Batch | None = None) -> StepTime:
+        """One step, checked as the strategy checks it. following: the next one, where it is certain by now."""
         ...
 
     def fill(self, seq_id: int, tokens: int) -> None:
@@ -308,12 +308,12 @@ class StrategyRunner:
 
     # -- Runner ------------------------------------------------------------------------------------------------
 
-    def step(self, batch: Batch) -> StepTime:
+    def step(self, batch: Batch, following: Batch | None = None) -> StepTime:
         """See `Runner.step`."""
         if self._timed is not None:
             self._timed.reset()
         began = time.perf_counter()
-        self._executor.run(batch)
+        self._executor.run(batch, following)
         ended = time.perf_counter()
         self._paper += self._expected(batch)
         if self._timed is None:

@@ -125,8 +125,9 @@ class FloatRunner:
     def strategy(self) -> str:
         return f"{self._name}-float"
 
-    def step(self, batch: Batch) -> StepTime:
-        """See `Runner.step`. Every step ends with the product with the vocabulary, for its last token."""
+    def step(self, batch: Batch, following: Batch | None = None) -> StepTime:
+        """See `Runner.step`. Nobody is told of a step beforehand. Each ends with the product with the vocabulary, for its last
+        token."""
         if len(batch.entries) != 1:
             raise UsageError("floating point is measured with one sequence at a time")
         self._ops.attention_s = 0.0

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -26,6 +27,28 @@ class ClaimSink(Protocol):
         ...
 
 
+#: Begins to write a claim's bytes: (which claim, from which byte on, where to); the result waits until they are there.
+StartPiece = Callable[[int, int, memoryview], Callable[[], None]]
+
+
+@runtime_checkable
+class GroupSink(ClaimSink, Protocol):
+    """Takes the claims of a layer together, in their order; `name` is the layer's."""
+
+    @property
+    def memory(self) -> memoryview | None:
+        """Shared memory that claims are written to, where there is such a thing: a device may write there by itself."""
+        ...
+
+    def claim_group(self, name: str, claims: Sequence[Array]) -> None:
+        """Send claims; they may be overwritten afterwards."""
+        ...
+
+    def claim_pieces(self, name: str, sizes: Sequence[int], start: StartPiece) -> None:
+        """Send claims of so many bytes each, which `start` writes to `memory` piece by piece. Only where there is memory."""
+        ...
+
+
 class Backend(Protocol):
     """Runs the canonical forward pass, or single operations of it, and owns the weights and the KV cache."""
 
@@ -35,8 +58,13 @@ class Backend(Protocol):
     def step(
         self, batch: Batch, check: AttentionCheck, sink: ClaimSink | None, split: SplitStep | None = None
     ) -> np.ndarray[Any, np.dtype[np.float32]]:
-        """One step. With a sink, every claim goes there as soon as it is known. Attention of the sequences in `split` is
-        shared with the verifier; their keys are not kept. Returns logits for the rows asked for."""
+        """One step. With a sink, every claim goes there when it is known, some only with `finish`. Attention of the sequences
+        in `split` is shared with the verifier; their keys are not kept. Without a sink, returns logits for the rows asked
+        for; with one they are the verifier's to compute, and nobody uses the result."""
+        ...
+
+    def finish(self) -> None:
+        """Send what is left of the answers to earlier requests: nothing else is to be done meanwhile."""
         ...
 
     def load_rows(self, request: LoadRequest) -> None:

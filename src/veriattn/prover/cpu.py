@@ -11,7 +11,7 @@ import numpy as np
 from veriattn.errors import NumericsError
 from veriattn.native import kernels as native_kernels
 from veriattn.native.layers import Claims, claim_buffers
-from veriattn.prover.backend import ClaimSink
+from veriattn.prover.backend import ClaimSink, GroupSink
 from veriattn.prover.split import SplitProver, SplitStep
 from veriattn.spec.forward import AttentionInput, Batch, Operations, StepContext, check_batch, forward
 from veriattn.spec.local import LocalOperations
@@ -35,22 +35,23 @@ class _ClaimingOperations:
         self, local: LocalOperations, check: AttentionCheck, sink: ClaimSink, split: SplitStep | None = None
     ) -> None:
         self._local, self._check, self._sink, self._split = local, check, sink, split
+        self._group = sink if isinstance(sink, GroupSink) else None
         self._claims: Claims | None = None  # of one layer after the other: they are sent before the next is begun
 
     def fused_layer(self, ctx: StepContext, i: int, layer: LayerTensors, x: F32) -> F32 | None:
         """See `FusedOperations`. A layer's claims leave together, also where the layer leaves the domain."""
-        claim_layer = getattr(self._sink, "claim_layer", None)
-        if claim_layer is None or self._split is not None or self._check is AttentionCheck.TRANSFER:
+        sink = self._group
+        if sink is None or self._split is not None or self._check is AttentionCheck.TRANSFER:
             return None
         if self._claims is None:
             self._claims = claim_buffers(ctx.model.config, x.shape[0])
         try:
             out = self._local.fused_layer(ctx, i, layer, x, self._claims)
         except NumericsError:
-            claim_layer(self._claims)
+            sink.claim_group(f"layers.{i}", self._claims)
             raise
         if out is not None:
-            claim_layer(self._claims)
+            sink.claim_group(f"layers.{i}", self._claims)
         return out
 
     def linear(self, name: str, a_i8: I8) -> I32:
@@ -143,6 +144,9 @@ class CpuBackend:
         finally:
             if spare:
                 native_kernels.set_threads(threads)
+
+    def finish(self) -> None:
+        """See `Backend.finish`: every claim left at once."""
 
     def split(self, request: SplitRequest, sink: ClaimSink, shares: SplitProver) -> None:
         """See `Backend.split`. Raises: BadRequest."""

@@ -12,7 +12,7 @@ import numpy as np
 
 from veriattn.errors import InternalError, ModelError, ProverUnavailable, VeriattnError
 from veriattn.native.kernels import wipe_free_memory
-from veriattn.prover.backend import Backend, ClaimSink
+from veriattn.prover.backend import Backend, ClaimSink, StartPiece
 from veriattn.prover.cpu import CpuBackend
 from veriattn.prover.finder import ModelFinder
 from veriattn.prover.split import SplitProver, SplitStep
@@ -59,11 +59,22 @@ class ChannelSink:
 
 
 class LayerSink(ChannelSink):
-    """Claims as messages, those of a whole layer together."""
+    """Claims as messages, those of a whole layer together where they are known together (`GroupSink`)."""
 
-    def claim_layer(self, claims: Sequence[np.ndarray[Any, Any]]) -> None:
-        """Send a layer's claims in their order; they may be overwritten afterwards."""
+    @property
+    def memory(self) -> memoryview | None:
+        """The ring that claims go through; None over a socket."""
+        return self._channel.outgoing_memory
+
+    def claim_group(self, name: str, claims: Sequence[np.ndarray[Any, Any]]) -> None:
+        """See `GroupSink.claim_group`."""
+        self._channel.trace.label = name
         self._channel.send_all(Kind.CLAIM, claims)
+
+    def claim_pieces(self, name: str, sizes: Sequence[int], start: StartPiece) -> None:
+        """See `GroupSink.claim_pieces`."""
+        self._channel.trace.label = name
+        self._channel.send_pieces(Kind.CLAIM, sizes, start)
 
 
 def model_directory(hello: Hello, finder: ModelFinder | None) -> Path:
@@ -120,11 +131,12 @@ def serve(
         trace = FileTrace(os.environ[TRACE_VARIABLE]) if TRACE_VARIABLE in os.environ else None
         if trace is not None:
             channel.set_trace(trace)
-        # A trace shows single operations.
-        sink = make_sink(channel) if make_sink else LayerSink(channel) if trace is None else ChannelSink(channel)
+        sink = make_sink(channel) if make_sink else LayerSink(channel)
         while True:
-            if trace is not None:
-                trace.flush()
+            if not channel.pending:
+                backend.finish()
+                if trace is not None:
+                    trace.flush()
             kind, payload = channel.recv_any(limits, operation_bytes=operation_bytes)
             if kind is Kind.SHUTDOWN:
                 return

@@ -12,7 +12,7 @@ import secrets
 import socket
 import struct
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Self, cast
 
 import numpy as np
@@ -79,9 +79,10 @@ class Channel:
         self._header_view = memoryview(self._header)
         self._fault: VeriattnError | None = None
         self._closed = False
-        ring = isinstance(transport, RingTransport)
-        self._put = transport.put_messages if ring else None  # type: ignore[attr-defined]
-        self._take = transport.take_messages if ring else None  # type: ignore[attr-defined]
+        ring = transport if isinstance(transport, RingTransport) else None
+        self._put = None if ring is None else ring.put_messages
+        self._take = None if ring is None else ring.take_messages
+        self._write_pieces = None if ring is None else ring.write_pieces
         self.trace: Trace = NO_TRACE
         self._mark = 0.0  # prover: when it last sent or received
 
@@ -124,21 +125,55 @@ class Channel:
         """`send` for each payload; through a ring in one go where there is room. Raises: as `send`."""
         done = 0
         put = self._put
-        if put is not None and not self.trace.enabled:
+        if put is not None:
             self._check_usable()
-            done = put(self._headers(kind, self._send_seq, payloads), payloads)
-            self._send_seq += done
-            self.bytes_sent += sum(HEADER_BYTES + p.nbytes for p in payloads[:done])
+            sizes = [p.nbytes for p in payloads]
+            start = time.monotonic()
+            done = put(b"".join(self._headers(kind, self._send_seq, sizes)), payloads)
+            self._sent(done, sum(sizes[:done]), start, 0.0)
         for payload in payloads[done:]:
             self.send(kind, payload)
 
-    def _headers(self, kind: Kind, seq: int, payloads: Sequence[npt.NDArray[np.generic]]) -> bytes:
+    def send_pieces(
+        self, kind: Kind, sizes: Sequence[int], start_piece: Callable[[int, int, memoryview], Callable[[], None]]
+    ) -> None:
+        """`send` for each payload of so many bytes, which something else than this thread writes to `outgoing_memory`.
+
+        start_piece(message, at, to): begin to write the payload's bytes from `at` on to `to`; what it returns waits until
+        they are there. Raises: as `send`; InternalError where the link has no such memory.
+        """
+        self._check_usable()
+        if self._write_pieces is None:
+            raise InternalError("this link has no memory that others could write to")
+        headers = self._headers(kind, self._send_seq, sizes)
+        start, waited_s = time.monotonic(), self._transport.write_wait_s
+        try:
+            self._write_pieces(headers, sizes, start_piece, self._deadline(None))
+        except VeriattnError as error:
+            self._fault = error
+            raise
+        self._sent(len(sizes), sum(sizes), start, self._transport.write_wait_s - waited_s)
+
+    @property
+    def outgoing_memory(self) -> memoryview | None:
+        """Shared memory that what is sent is written to; None for a socket."""
+        return self._transport.outgoing_memory if isinstance(self._transport, RingTransport) else None
+
+    def _sent(self, count: int, size: int, start: float, waited_s: float) -> None:
+        """Count messages that have left together."""
+        if self.trace.enabled and count:
+            if self._mark:
+                self.trace.add("compute", self._mark, start)
+            self.trace.waited("blocked", start, waited_s, "send")
+            self._mark = time.monotonic() if self._role is Role.PROVER else 0.0
+        self._send_seq += count
+        self.bytes_sent += HEADER_BYTES * count + size
+
+    def _headers(self, kind: Kind, seq: int, sizes: Sequence[int]) -> list[bytes]:
         """What stands before messages of these sizes, the first of them number `seq`."""
         if self.session is None:
             raise InternalError("the prover spoke before the first message of the verifier")
-        return b"".join(
-            [HEADER.pack(MAGIC, kind, 0, self.session, seq + i, payload.nbytes) for i, payload in enumerate(payloads)]
-        )
+        return [HEADER.pack(MAGIC, kind, 0, self.session, seq + i, size) for i, size in enumerate(sizes)]
 
     # -- receiving, verifier ---------------------------------------------------------------------------------
 
@@ -187,7 +222,7 @@ class Channel:
                 if self._role is not Role.VERIFIER or self._remaining:
                     raise InternalError("recv_all() out of order")
                 rest = outs[done:]
-                count = take(self._headers(kind, self._recv_seq, rest), rest)
+                count = take(b"".join(self._headers(kind, self._recv_seq, [out.nbytes for out in rest])), rest)
                 self._recv_seq += count
                 self.bytes_received += sum(HEADER_BYTES + out.nbytes for out in rest[:count])
                 done += count
@@ -259,6 +294,14 @@ class Channel:
             self._transport.end_message()
 
     # -- receiving, prover -----------------------------------------------------------------------------------
+
+    @property
+    def pending(self) -> bool:
+        """Prover side: whether something has come that was not received yet, if only the verifier's end."""
+        self._check_usable()
+        if not isinstance(self._transport, RingTransport | StreamTransport):
+            raise InternalError("only a prover looks whether something has come")
+        return self._transport.pending
 
     def recv_any(
         self, limits: Limits | None, timeout_s: float | None = None, *, operation_bytes: int = 0

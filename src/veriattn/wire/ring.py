@@ -15,7 +15,8 @@ import os
 import platform
 import struct
 import time
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -42,6 +43,7 @@ _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 _MAX_RING_BYTES = 1 << 36
 _ZEROS = memoryview(bytes(64 * 1024))
 _PIECE_BYTES = 512 * 1024  # counters move at least this often inside a large message
+_DEVICE_PIECE_BYTES, _DEVICE_PIECES = 4 * 1024 * 1024, 4  # of what a device writes: size, and how many at a time
 _SPINS = 100
 _RECHECK_MS = 1.0  # a wake-up can be lost (no store-load fence); never for longer than this
 _IDLE_AFTER_S = 0.25
@@ -196,6 +198,10 @@ class _RingEnd:
             self.waited_s += time.monotonic() - start
 
 
+def _there() -> None:
+    """Nothing to wait for."""
+
+
 class RingProducer(_RingEnd):
     """The writing end of one ring."""
 
@@ -241,6 +247,58 @@ class RingProducer(_RingEnd):
         self._pos = head * slot
         if head > published:
             self._publish(head)
+
+    def write_pieces(
+        self,
+        headers: Sequence[bytes],
+        sizes: Sequence[int],
+        start: Callable[[int, int, memoryview], Callable[[], None]],
+        deadline: float | None,
+    ) -> None:
+        """Write messages whose payloads, of so many bytes, are put into the ring by something else: a device's copy engine.
+
+        start(message, at, to): begin to write the payload's bytes from `at` on to `to`; what it returns waits until they are
+        there. Several pieces are under way at a time; slots are published when their bytes are there.
+        """
+        size, data = self._size, self._data
+        most = min(_DEVICE_PIECE_BYTES, size // 4)
+        under_way: deque[tuple[Callable[[], None], int]] = deque()
+        at = self._pos  # of the next piece; what lies between `_pos` and here is under way
+
+        def settle() -> None:
+            wait, end = under_way.popleft()
+            wait()
+            before, self._pos = self._pos // self._slot, end
+            if end // self._slot > before:
+                self._publish(end // self._slot)
+
+        def room() -> int:
+            while self._limit <= at:
+                if under_way:
+                    settle()
+                    self._refresh()
+                else:
+                    self._wait(_WRITER_WAITS, "take data", deadline)
+            return self._limit - at
+
+        try:
+            for message, (header, total) in enumerate(zip(headers, sizes, strict=True)):
+                room()  # whole slots
+                data[at % size : at % size + len(header)] = header
+                at, done = at + len(header), 0
+                while done < total:
+                    count = min(total - done, room(), size - at % size, most)
+                    end = at + count
+                    under_way.append((start(message, done, data[at % size : at % size + count]), end))
+                    at, done = end, done + count
+                    if len(under_way) == _DEVICE_PIECES:
+                        settle()
+                at = -(-at // self._slot) * self._slot
+                under_way.append((_there, at))
+            while under_way:
+                settle()
+        finally:
+            under_way.clear()  # an error that is kept must not keep views of the segment
 
     def wipe(self) -> None:
         """Zero every slot that was written since the last time and is free again; the other side has done with those.
@@ -331,6 +389,10 @@ class RingConsumer(_RingEnd):
         """Bytes taken since the start, with what was skipped."""
         return self._pos
 
+    def pending(self) -> bool:
+        """Whether there is more to read."""
+        return self._refresh()
+
     def end_message(self) -> None:
         """Skip to the next slot boundary."""
         tail = -(-self._pos // self._slot)
@@ -366,6 +428,9 @@ class RingTransport:
         self.end_message = self._consumer.end_message
         self.wipe = self._producer.wipe
         self.put_messages = self._producer.put
+        self.write_pieces = self._producer.write_pieces
+        #: What the producer writes to.
+        self.outgoing_memory = out[1]
         self.take_messages = self._consumer.take
         self.written_position = self._consumer.written_position
         self.read_position = self._consumer.read_position
@@ -381,6 +446,11 @@ class RingTransport:
     def write_wait_s(self) -> float:
         """Seconds spent in waiting for room."""
         return self._producer.waited_s
+
+    @property
+    def pending(self) -> bool:
+        """Whether there is something to read, or nobody to write it."""
+        return self._consumer.pending() or self._control.gone
 
     def close(self) -> None:
         """Unmap the segment and close the control socket."""

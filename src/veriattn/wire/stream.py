@@ -35,6 +35,11 @@ class StreamTransport:
         self.read_wait_s = self.write_wait_s = 0.0
         self._start = self._stop = 0  # unread bytes of the buffer
 
+    @property
+    def pending(self) -> bool:
+        """Whether bytes have come, or the other side's end."""
+        return self._stop > self._start or bool(self._reader.poll(0))
+
     def write_message(self, parts: Sequence[memoryview], deadline: float | None) -> None:
         """Write the parts back to back."""
         pending = list(parts)

@@ -16,7 +16,7 @@ from veriattn.prover.cuda.attention import Attention, DevicePlan, Plan, RunPlace
 from veriattn.prover.cuda.cache import DeviceCache
 from veriattn.prover.cuda.exponential import device_table, self_test
 from veriattn.prover.cuda.graphs import DecodeGraphs, pages_room
-from veriattn.prover.cuda.memory import Layout, Outbox, Part, Upload, Workspace, named, place
+from veriattn.prover.cuda.memory import Layout, Outbox, Part, Slot, Upload, Workspace, named, place
 from veriattn.prover.cuda.model import DeviceModel
 from veriattn.prover.cuda.shares import DeviceShares
 from veriattn.prover.cuda.step import SHORT_ROWS, Stepper
@@ -95,6 +95,10 @@ class CudaBackend:
             if split is not None and sink is not None:
                 return self._split_step(batch, transfer, sink, split)
             room = self._graph_room(batch)
+            if room is not None:
+                # What is repeated by a graph must meet the same slots.
+                self._outbox.flush()
+                self._outbox.rewind()
             inputs = self._stepper.prepare(batch, transfer, shared, room)
             work = None
             if room is not None and self._graphs is not None:
@@ -103,6 +107,11 @@ class CudaBackend:
                 if found is not None:
                     work = lambda i, *rest: graphs.run(found, i, *rest)  # noqa: E731
             return self._stepper.run(batch, inputs, transfer, sink, work)
+
+    def finish(self) -> None:
+        """See `Backend.finish`. Raises: NumericsError."""
+        with self._claims():
+            self._outbox.flush()
 
     def _graph_room(self, batch: Batch) -> int | None:
         """Pages of the padded block tables if the step is one of decoding and may become a graph."""
@@ -113,9 +122,8 @@ class CudaBackend:
 
     @contextlib.contextmanager
     def _claims(self) -> Iterator[None]:
-        """Leave nothing half sent."""
+        """After an error nothing stays on its way."""
         with _device_memory():
-            self._outbox.rewind()
             try:
                 yield
             except BaseException:
@@ -175,7 +183,7 @@ class CudaBackend:
         """One claim at once, after everything before it."""
         layout = Layout()
         part = layout.add(tuple(values.shape), values.dtype)
-        slot = self._outbox.take(layout.size, layout.size)
+        slot = self._outbox.take(layout.size)
         place(slot, part).copy_(values)
         slot.raw[:4].view(torch.int32).copy_(self._stepper.flag)
         self._outbox.submit(slot, layout.size, [named(part, name)], sink)
@@ -207,15 +215,15 @@ class CudaBackend:
             (a,) = self._upload([request.a_i8])
             layout = Layout()
             y = layout.add((rows, out), torch.int32)
-            slot = self._outbox.take(layout.size, layout.size)
+            slot = self._outbox.take(layout.size)
             self._stepper.gemm(a, self._model.weights[name], place(slot, y))
             self._submit(slot, layout, [named(y, name)], sink)
-            self._outbox.flush()
 
-    def _submit(self, slot: Any, layout: Layout, parts: list[Part], sink: ClaimSink) -> None:
-        # Single operations have no norm and so no flag.
+    def _submit(self, slot: Slot, layout: Layout, parts: list[Part], sink: ClaimSink) -> None:
+        """Claims of a single operation; they leave while the next one is computed, or with `finish`."""
+        # There is no norm in it and so no flag.
         slot.raw[:4].zero_()
-        self._outbox.submit(slot, layout.size, parts, sink)
+        self._outbox.submit(slot, layout.size, parts, sink, parts[0].name or "")
 
     def attend(self, request: AttendRequest, sink: ClaimSink) -> None:
         """See `Backend.attend`. Raises: BadRequest for runs that do not continue their sequence."""
@@ -235,7 +243,6 @@ class CudaBackend:
             for n, (run, tile, plan) in enumerate(tiles):
                 device_plan = _device_plan(plans[3 * n : 3 * n + 3], plan)
                 self._tile(r, run, tile, q, q_scale, device_plan, sink)
-            self._outbox.flush()
 
     def _slots(self, r: AttendRequest, run: Run) -> np.ndarray[Any, np.dtype[np.int64]]:
         if r.first_kv_head == 0:
@@ -288,7 +295,7 @@ class CudaBackend:
         with_scores = r.reply is not Reply.OUTPUTS
         scores = layout.add((heads, rows, run.start + tile.stop), torch.int32)
         o = layout.add((rows, heads, c.head_dim), torch.int64)
-        slot, pages = self._outbox.take(layout.size, layout.size), self.cache.layer(r.layer)
+        slot, pages = self._outbox.take(layout.size), self.cache.layer(r.layer)
         by_scores = with_scores or rows * shape.group <= SHORT_ROWS
         if by_scores:
             top = self._workspace.get("attend_top", (total, heads), torch.int32)
@@ -322,7 +329,7 @@ class CudaBackend:
             p, *arrays = self._upload([r.p_u16.view(np.int16), plan.runs_i64, plan.tables_i32, plan.tiles_i32])
             layout = Layout()
             o = layout.add((rows, heads, c.head_dim), torch.int64)
-            slot = self._outbox.take(layout.size, layout.size)
+            slot = self._outbox.take(layout.size)
             sums = self._workspace.get("attend_sums", (rows, heads), torch.int32)
             sums.zero_()
             place(slot, o).zero_()
@@ -331,13 +338,13 @@ class CudaBackend:
                 shape, p.view(torch.uint16), self.cache.layer(r.layer), device_plan, place(slot, o), sums
             )
             self._submit(slot, layout, [named(o, f"layers.{r.layer}.attention.{r.seq_id}")], sink)
-            self._outbox.flush()
 
     def split(self, request: SplitRequest, sink: ClaimSink, shares: SplitProver) -> None:
         """See `Backend.split`. Raises: BadRequest."""
         if request.q_i8 is None or request.q_scale is None:
             raise BadRequest("SPLIT comes without queries")
         with self._claims():
+            self._outbox.flush()
             shares.exchange(request, self._shares, request.q_i8, request.q_scale, sink)
 
     # -- sequences -------------------------------------------------------------------------------------------------
@@ -347,6 +354,7 @@ class CudaBackend:
 
     def free(self, seq_id: int) -> None:
         """Forget a sequence; its pages and all activations are zeroed, on the device and in pinned memory."""
+        self.finish()
         self.cache.free(seq_id)
         self._workspace.wipe()
         self._outbox.wipe()

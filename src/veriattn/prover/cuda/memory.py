@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -12,9 +13,13 @@ import numpy as np
 
 import torch
 from veriattn.errors import InternalError, NumericsError
-from veriattn.prover.backend import ClaimSink
+from veriattn.prover.backend import ClaimSink, GroupSink
 
 _ALIGN = 256
+
+#: Claims of a layer up to so many bytes cross in one piece, to pinned memory, and are copied into the ring from there. Larger
+#: ones go straight into the ring: one copy less for the CPU, one call more for each claim.
+STAGED_BYTES = 1 << 20
 
 
 def aligned(size: int) -> int:
@@ -66,14 +71,17 @@ class Upload:
     def __init__(self, workspace: Workspace, name: str, pin: bool) -> None:
         self._workspace, self._name, self._pin = workspace, name, pin
         self.host = torch.zeros(0, dtype=torch.uint8)
+        self._read: torch.cuda.Event | None = torch.cuda.Event() if pin else None
         workspace.uploads.append(self)
 
     def __call__(self, arrays: Sequence[np.ndarray[Any, Any]]) -> list[torch.Tensor]:
-        """Views on the device, in order. The previous upload must have been used up."""
+        """Views on the device, in order, for work that is queued from here on: the previous ones are overwritten."""
         offsets, size = [], 0
         for a in arrays:
             offsets.append(size)
             size += aligned(a.nbytes)
+        if self._read is not None:
+            self._read.synchronize()  # the device may not have taken the previous arrays yet
         if self.host.numel() < size:
             self.host = torch.zeros(2 * size, dtype=torch.uint8, pin_memory=self._pin)
         host = self.host.numpy()
@@ -81,6 +89,8 @@ class Upload:
             host[at : at + a.nbytes] = np.ascontiguousarray(a).reshape(-1).view(np.uint8)
         raw = self._workspace.get(self._name, (size,), torch.uint8)
         raw.copy_(self.host[:size], non_blocking=True)
+        if self._read is not None:
+            self._read.record()
         return [
             view(raw, at, a.shape, torch.from_numpy(a[:0].reshape(-1)).dtype)
             for a, at in zip(arrays, offsets, strict=True)
@@ -98,50 +108,69 @@ class Part:
 
 
 class Slot:
-    """Device memory that kernels write claims into, and the pinned memory that it is copied to. The first word is the flag."""
+    """Device memory that kernels write claims into, and pinned memory for what does not go straight to the ring. The first
+    word is the flag."""
 
     def __init__(self, device: torch.device, pin: bool) -> None:
         self._device, self._pin = device, pin
         self.raw = torch.zeros(0, dtype=torch.uint8, device=device)
         self.host = torch.zeros(0, dtype=torch.uint8)
+        #: The kernels that fill it are through; what was to be copied to `host` is there.
+        self.filled: torch.cuda.Event | None = torch.cuda.Event() if device.type == "cuda" else None
         self.copied: torch.cuda.Event | None = torch.cuda.Event() if device.type == "cuda" else None
 
-    def fit(self, size: int, host_size: int) -> bool:
+    def fit(self, size: int) -> bool:
         """Make it that large; True if it moved."""
-        moved = False
-        if self.raw.numel() < size:
-            self.raw.zero_()
-            self.raw = torch.zeros(aligned(size), dtype=torch.uint8, device=self._device)
-            moved = True
-        if self.host.numel() < host_size:
+        if self.raw.numel() >= size:
+            return False
+        self.raw.zero_()
+        self.raw = torch.zeros(aligned(size), dtype=torch.uint8, device=self._device)
+        return True
+
+    def fit_host(self, size: int) -> None:
+        """Make the host's side that large."""
+        if self.host.numel() < size:
             self.host.zero_()
-            self.host = torch.zeros(aligned(host_size), dtype=torch.uint8, pin_memory=self._pin)
-        return moved
+            self.host = torch.zeros(aligned(size), dtype=torch.uint8, pin_memory=self._pin)
+
+
+@dataclass(frozen=True)
+class _Sending:
+    """A filled slot on its way: `straight` to the ring, or by the host's side of the slot."""
+
+    slot: Slot
+    parts: list[Part]
+    name: str
+    sink: ClaimSink | None
+    straight: GroupSink | None
 
 
 class Outbox:
     """A few slots in turn: kernels fill one while others are copied (on a stream of their own) or sent.
 
-    The device runs ahead of what has been sent by as many slots as there are.
+    The device runs ahead of what has been sent by as many slots as there are. Large claims are written into the shared ring
+    by the device's copy engine, where the ring can be pinned; small ones, and all where it cannot, by way of pinned memory.
     """
 
     def __init__(self, device: torch.device, slots: int = 3) -> None:
         self._cuda = device.type == "cuda"
+        self._device = device
         self._slots = [Slot(device, self._cuda) for _ in range(slots)]
-        self._busy: deque[tuple[Slot, list[Part], ClaimSink | None]] = deque()
+        self._busy: deque[_Sending] = deque()
         self._next = 0
         self._copies = torch.cuda.Stream(device) if self._cuda else None
+        self._reachable: bool | None = None  # whether the device can write to the ring; None: not tried
         self.results: list[np.ndarray[Any, Any]] = []
         #: Counts how often a slot has moved.
         self.moves = 0
 
-    def take(self, size: int, host_size: int) -> Slot:
+    def take(self, size: int) -> Slot:
         """The next slot in turn; sends the oldest if all are in use. Raises: as `flush`."""
-        if len(self._busy) == len(self._slots):
-            self._send_oldest()
         slot = self._slots[self._next]
+        while any(sending.slot is slot for sending in self._busy):
+            self._send_oldest()
         self._next = (self._next + 1) % len(self._slots)
-        if slot.fit(size, host_size):
+        if slot.fit(size):
             self.moves += 1
         return slot
 
@@ -152,16 +181,34 @@ class Outbox:
             raise InternalError("claims are still on their way")
         self._next = 0
 
-    def submit(self, slot: Slot, size: int, parts: list[Part], sink: ClaimSink | None) -> None:
-        """Copy the first `size` bytes to the host once the kernels queued so far are through; send them in order."""
-        if self._copies is None or slot.copied is None:
-            slot.host[:size].copy_(slot.raw[:size])
+    def submit(self, slot: Slot, size: int, parts: list[Part], sink: ClaimSink | None, name: str = "") -> None:
+        """Send the parts, in order, once the kernels queued so far are through; they lie in the first `size` bytes."""
+        straight = self._straight(size, parts, sink)
+        if self._copies is None or slot.filled is None or slot.copied is None:
+            if straight is None:
+                slot.fit_host(size)
+                slot.host[:size].copy_(slot.raw[:size])
         else:
-            self._copies.wait_stream(torch.cuda.current_stream())
+            slot.filled.record()
+            # The flag is looked at in any case.
+            count = size if straight is None else _ALIGN
+            slot.fit_host(count)
             with torch.cuda.stream(self._copies):
-                slot.host[:size].copy_(slot.raw[:size], non_blocking=True)
+                self._copies.wait_event(slot.filled)
+                slot.host[:count].copy_(slot.raw[:count], non_blocking=True)
                 slot.copied.record()
-        self._busy.append((slot, parts, sink))
+        self._busy.append(_Sending(slot, parts, name, sink, straight))
+
+    def _straight(self, size: int, parts: list[Part], sink: ClaimSink | None) -> GroupSink | None:
+        """The sink if the device is to write these claims into its memory."""
+        if size <= STAGED_BYTES or not isinstance(sink, GroupSink) or any(part.name is None for part in parts):
+            return None
+        memory = sink.memory
+        if memory is None:
+            return None
+        if self._reachable is None:
+            self._reachable = not self._cuda or _pinned(memory, self._device)
+        return sink if self._reachable else None
 
     def flush(self) -> list[np.ndarray[Any, Any]]:
         """Send everything; returns the parts that were not claims. Raises: NumericsError; what the sink raises."""
@@ -178,24 +225,47 @@ class Outbox:
         self.results = []
 
     def _send_oldest(self) -> None:
-        slot, parts, sink = self._busy.popleft()
+        sending = self._busy.popleft()
+        slot, parts, sink = sending.slot, sending.parts, sending.sink
         if slot.copied is not None:
             slot.copied.synchronize()
-        if int(view(slot.host, 0, (1,), torch.int32)[0]):
+        flag = slot.raw if slot.copied is None and sending.straight is not None else slot.host
+        if int(view(flag, 0, (1,), torch.int32)[0]):
             raise NumericsError(
                 "an activation is not finite or is 2**40 or larger",
                 hint="the model does not fit the canonical numerics; convert it again and look at its quality report",
             )
+        if sending.straight is not None:
+            self._send_straight(sending, sending.straight)
+            return
         values = [view(slot.host, part.at, part.shape, part.dtype).numpy() for part in parts]
-        together = getattr(sink, "claim_layer", None)
-        if together is not None and all(part.name is not None for part in parts):
-            together(values)
+        if isinstance(sink, GroupSink) and all(part.name is not None for part in parts):
+            sink.claim_group(sending.name, values)
             return
         for part, array in zip(parts, values, strict=True):
             if part.name is None:
                 self.results.append(array.copy())
             elif sink is not None:
                 sink.claim(part.name, array)
+
+    def _send_straight(self, sending: _Sending, sink: GroupSink) -> None:
+        """Claims from the device into the sink's memory. The kernels that made them are through."""
+        raw, parts, copies = sending.slot.raw, sending.parts, self._copies
+
+        def start(claim: int, at: int, to: memoryview) -> Callable[[], None]:
+            first = parts[claim].at + at
+            target = torch.frombuffer(to, dtype=torch.uint8)
+            if copies is None:
+                target.copy_(raw[first : first + len(to)])
+                return _done
+            with torch.cuda.stream(copies):
+                target.copy_(raw[first : first + len(to)], non_blocking=True)
+                there = torch.cuda.Event()
+                there.record()
+            wait: Callable[[], None] = there.synchronize
+            return wait
+
+        sink.claim_pieces(sending.name, [prod(p.shape) * p.dtype.itemsize for p in parts], start)
 
     def wipe(self) -> None:
         """Zero both sides of every slot. Raises: InternalError while some are in use."""
@@ -206,6 +276,23 @@ class Outbox:
 
     def nonzero_bytes(self) -> int:
         return sum(int(torch.count_nonzero(x)) for s in self._slots for x in (s.raw, s.host))
+
+
+def _done() -> None:
+    """Nothing to wait for."""
+
+
+def _pinned(memory: memoryview, device: torch.device) -> bool:
+    """Lock shared memory for the device's copy engine, for the life of this process; False where that is refused (inside a
+    TDX guest, or by a limit on locked memory)."""
+    cudart = torch.cuda.cudart()
+    address = np.frombuffer(memory, np.uint8).ctypes.data
+    if cudart.cudaHostRegister(address, len(memory), 0) == cudart.cudaError.success:
+        return True
+    # A refused call leaves its error for the next launch to report: take it here.
+    with contextlib.suppress(RuntimeError):
+        torch.zeros(1, device=device)
+    return False
 
 
 class Layout:

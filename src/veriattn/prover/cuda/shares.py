@@ -83,12 +83,6 @@ class DeviceShares:
             piece = self._piece(count)
             self._kernels.scores(self._shape, self._q, pages, plan, piece, None)
             self._scores[:, :, at : at + count] = piece
-            self._settle()
-
-    def _settle(self) -> None:
-        """Pinned memory is used again: what reads it must be through."""
-        if self._scores.device.type == "cuda":
-            torch.cuda.current_stream().synchronize()
 
     def scores(self) -> I32:
         """All scores of the share, (heads, rows, keys)."""
@@ -138,7 +132,6 @@ class DeviceShares:
             self._kernels.values(
                 self._shape, piece, self._q_scale, self._top, pages, plan, self._o, self._sums, causal=False
             )
-        self._settle()
 
     def outputs(self) -> tuple[I64, I32]:
         """O and L of the share; L is 0 where the verifier sends weights."""

@@ -272,7 +272,8 @@ class Stepper:
         sink: ClaimSink | None,
         work: Callable[[int, Inputs, Slot, LayerPlaces], None] | None = None,
     ) -> np.ndarray[Any, Any]:
-        """All layers and the logits. `work` does what `layer_work` does, in another way. Raises: NumericsError."""
+        """All layers and the logits. `work` does what `layer_work` does, in another way. With a sink, the last claims are
+        still on their way at the end. Raises: NumericsError."""
         work = work or self.layer_work
         tokens = batch.num_tokens
         places = LayerPlaces.of(self.model, tokens, inputs.plans.scores)
@@ -281,10 +282,11 @@ class Stepper:
         copied = places.fixed + 4 * used if sink is not None else 0
         self.start(inputs)
         for i in range(self.model.config.num_layers):
-            slot = self.outbox.take(places.size, copied)
+            slot = self.outbox.take(places.size)
             work(i, inputs, slot, places)
             if sink is not None:
-                self.outbox.submit(slot, copied, self.claims(i, batch, inputs, places, transfer), sink)
+                claims = self.claims(i, batch, inputs, places, transfer)
+                self.outbox.submit(slot, copied, claims, sink, f"layers.{i}")
             self._ran(batch.entries, i)
         return self.logits(inputs, sink)
 
@@ -293,14 +295,24 @@ class Stepper:
             self.cache.extend(layer, e.seq_id, e.num_tokens)
 
     def logits(self, inputs: Inputs, sink: ClaimSink | None) -> np.ndarray[Any, Any]:
-        """The logits of a step, after its last claims. Raises: NumericsError."""
-        rows, vocab, layout = inputs.logit_rows.shape[0], self.model.config.vocab_size, Layout()
-        y, logits = layout.add((rows, vocab), torch.int32), layout.add((rows, vocab), torch.float32)
-        slot = self.outbox.take(layout.size, layout.size)
+        """The end of a step. With a sink the product with the vocabulary is its last claim, and what follows from it is
+        nobody's business here; without one the logits come back, (rows, vocab). Raises: NumericsError."""
+        rows, layout = inputs.logit_rows.shape[0], Layout()
+        shape = rows, self.model.config.vocab_size
+        if sink is not None and not rows:
+            return np.empty(shape, np.float32)
+        # What leaves comes first.
+        dtypes = (torch.float32, torch.int32) if sink is None else (torch.int32, torch.float32)
+        first = layout.add(shape, dtypes[0])
+        size, second = layout.size, layout.add(shape, dtypes[1])
+        slot = self.outbox.take(layout.size)
         if rows:
+            y, logits = (second, first) if sink is None else (first, second)
             self.head(inputs, place(slot, y), place(slot, logits))
         slot.raw[:4].view(torch.int32).copy_(self.flag)
-        parts = [named(y, "lm_head"), logits] if rows and sink is not None else [logits]
-        self.outbox.submit(slot, layout.size, parts, sink)
+        if sink is not None:
+            self.outbox.submit(slot, size, [named(first, "lm_head")], sink, "lm_head")
+            return np.empty((0, shape[1]), np.float32)
+        self.outbox.submit(slot, size, [first], None)
         (values,) = self.outbox.flush()
         return values
