@@ -87,7 +87,9 @@ def test_where_kernels_are_compiled_the_warm_up_is_what_is_timed(
         seen: list[int] = []
         run = runner.step
         monkeypatch.setattr(
-            runner, "step", lambda batch, run=run, seen=seen: (seen.append(batch.num_tokens), run(batch))[1]
+            runner,
+            "step",
+            lambda batch, *rest, run=run, seen=seen: (seen.append(batch.num_tokens), run(batch, *rest))[1],
         )
         try:
             measure.prefill(runner, 150, 1, 96, TINY.vocab_size, 1)
@@ -107,7 +109,7 @@ def test_full_tee_compiles_nothing_and_has_no_trace(models: Models, monkeypatch:
     runner = StrategyRunner("full-tee", models, Setup(gpu=True))
     seen: list[int] = []
     run = runner.step
-    monkeypatch.setattr(runner, "step", lambda batch: (seen.append(batch.num_tokens), run(batch))[1])
+    monkeypatch.setattr(runner, "step", lambda batch, *rest: (seen.append(batch.num_tokens), run(batch, *rest))[1])
     try:
         assert measure.prefill(runner, 40, 1, 96, TINY.vocab_size, 2).shares is None
     finally:
