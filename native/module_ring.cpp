@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "common.h"
+#include "copy.h"
 
 namespace nb = nanobind;
 
@@ -15,6 +16,7 @@ namespace {
 
 const size_t HEADER = 32;                                          // docs/wire.md section 2
 const size_t HEAD = 0, TAIL = 64, READER_WAITS = 128, WRITER_WAITS = 192, BLOCK = 256;  // a ring's counters
+const size_t LARGE = 512 * 1024;  // counters move no more often than that inside a message
 
 void require(bool ok, const char* what) {
     if (!ok) throw std::invalid_argument(what);
@@ -60,15 +62,25 @@ struct Ring {
     // Bytes that message i takes, in whole slots.
     size_t span(size_t i) const { return (HEADER + payloads[i].size + slot - 1) / slot * slot; }
 
-    // Copies between private memory and the ring, over its end.
-    void copy(uint64_t at, uint8_t* mine, size_t count, bool reading) {
+    // Copies private memory into the ring, over its end.
+    void write(uint64_t at, const uint8_t* mine, size_t count) {
         while (count > 0) {
             const size_t offset = at % data.size, n = count < data.size - offset ? count : data.size - offset;
-            if (reading)
-                memcpy(mine, data.data + offset, n);
-            else
-                memcpy(data.data + offset, mine, n);
+            memcpy(data.data + offset, mine, n);
             at += n, mine += n, count -= n;
+        }
+    }
+
+    // Copies out of the ring into private memory, over its end; where it is the payload of a message that will be taken,
+    // slots are given back on the way.
+    void read(uint64_t at, uint8_t* mine, size_t count, bool give_back) {
+        const size_t whole = count, piece = data.size / 4 > LARGE ? data.size / 4 : LARGE;
+        while (count > 0) {
+            const size_t offset = at % data.size, room = data.size - offset, most = room < piece ? room : piece;
+            const size_t n = count < most ? count : most;
+            copy_in(mine, data.data + offset, n, whole);
+            at += n, mine += n, count -= n;
+            if (give_back && count > 0) store(TAIL, at / slot);
         }
     }
 
@@ -96,8 +108,8 @@ nb::tuple ring_put(nb::handle page, size_t base, nb::handle data, size_t slot, u
                 tail = now;
                 if (end > tail * slot + ring.data.size) break;
             }
-            ring.copy(pos, ring.headers.data + HEADER * count, HEADER, false);
-            ring.copy(pos + HEADER, ring.payloads[count].data, ring.payloads[count].size, false);
+            ring.write(pos, ring.headers.data + HEADER * count, HEADER);
+            ring.write(pos + HEADER, ring.payloads[count].data, ring.payloads[count].size);
             pos = end;
         }
         if (count > 0) {
@@ -128,9 +140,9 @@ nb::tuple ring_take(nb::handle page, size_t base, nb::handle data, size_t slot, 
                 if (end > head * slot) break;
             }
             uint8_t header[HEADER];
-            ring.copy(pos, header, HEADER, true);
+            ring.read(pos, header, HEADER, false);
             if (memcmp(header, ring.headers.data + HEADER * count, HEADER) != 0) break;
-            ring.copy(pos + HEADER, ring.payloads[count].data, ring.payloads[count].size, true);
+            ring.read(pos + HEADER, ring.payloads[count].data, ring.payloads[count].size, true);
             pos = end;
             ring.store(TAIL, pos / slot);
             waits |= ring.load(WRITER_WAITS) != 0;
@@ -139,11 +151,24 @@ nb::tuple ring_take(nb::handle page, size_t base, nb::handle data, size_t slot, 
     return nb::make_tuple(pos, head, count, waits);
 }
 
+// Copies count bytes from source[at:] to out[out_at:], on all threads where they are many.
+void copy_bytes(nb::handle out_, size_t out_at, nb::handle source_, size_t at, size_t count) {
+    Bytes out(out_, true), source(source_, false);
+    require(out_at <= out.size && count <= out.size - out_at, "beyond the end of the destination");
+    require(at <= source.size && count <= source.size - at, "beyond the end of the source");
+    uint8_t* to = out.data + out_at;
+    const uint8_t* from = source.data + at;
+    require(from + count <= to || to + count <= from, "source and destination overlap");
+    nb::gil_scoped_release release;
+    copy_in(to, from, count, out.size);
+}
+
 }  // namespace
 
 void bind_ring(nb::module_& m) {
     m.def("ring_put", &ring_put);
     m.def("ring_take", &ring_take);
+    m.def("copy_in", &copy_bytes);
 }
 
 }  // namespace va

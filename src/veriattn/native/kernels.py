@@ -384,6 +384,16 @@ def ring_take(
     return _native.ring_take(page, base, data, slot_bytes, pos, head, headers, payloads)
 
 
+@_checked
+def copy_in(out: WritableBuffer, out_offset: int, source: WritableBuffer | bytes, offset: int, count: int) -> None:
+    """out[out_offset:][:count] = source[offset:][:count], in bytes, with `get_threads()` threads where they are many.
+
+    out: private; all of it is one message, whose size says whether it can stay in a cache. source: shared with another
+    process, which may be changing it; nothing of it is read after the call. The two do not overlap.
+    """
+    _native.copy_in(out, out_offset, source, offset, count)
+
+
 # --- the machine ----------------------------------------------------------------------------------------------------
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ from veriattn.wire.messages import AttentionCheck, Kind
 
 #: What to tell the user about any mismatch.
 LYING = "the prover is faulty or lying; nothing of this step was released"
+_Integer = TypeVar("_Integer", np.int32, np.int64)
 _NO_SUMS: U64 = np.empty((0, 0, 0), np.uint64)
 
 
@@ -373,6 +375,31 @@ class Split(Protocol):
         ...
 
 
+#: Claims from this size on go into memory that is used again.
+_KEPT_BYTES = 4 << 20
+
+
+class ClaimMemory:
+    """Private memory for one large claim after the other.
+
+    Fresh memory costs more than copying a claim: every page of it comes zeroed from the kernel. A claim's array is
+    gone with the next one, which is what the forward pass is content with: it uses each before it asks for another.
+    """
+
+    def __init__(self) -> None:
+        self._block: U8 = np.empty(0, np.uint8)
+
+    def array(self, shape: tuple[int, ...], dtype: type[_Integer]) -> npt.NDArray[_Integer]:
+        """An uninitialised array; small ones are new."""
+        size = math.prod(shape) * np.dtype(dtype).itemsize
+        if size < _KEPT_BYTES:
+            return np.empty(shape, dtype)
+        if self._block.nbytes < size:
+            self._block = np.empty(0, np.uint8)  # given back before more is taken
+            self._block = np.empty(size, np.uint8)
+        return self._block[:size].view(dtype).reshape(shape)
+
+
 #: A layer's claims are worth this many short sleeps: being a few layers behind costs nothing before the last.
 _NAPS = 10
 
@@ -390,6 +417,7 @@ class RunAheadOperations:
         #: May change between steps. `attention_s`: wall time in attention so far, waiting included.
         self.attention_check, self.attention_s = attention_check, 0.0
         self._claims: Claims | None = None  # of one layer after the other: nothing is kept of them
+        self._memory = ClaimMemory()
 
     def fused_layer(self, ctx: StepContext, i: int, layer: LayerTensors, x: F32) -> F32 | None:
         """See `FusedOperations`. Raises: as `linear` and `attention`."""
@@ -416,7 +444,7 @@ class RunAheadOperations:
     def linear(self, name: str, a_i8: I8) -> I32:
         """See `Operations.linear`. Raises: FreivaldsMismatch; ProverFault and below."""
         self._checker.trace.label = name
-        claimed_i32 = np.empty((a_i8.shape[0], self._checker.shapes[name][0]), np.int32)
+        claimed_i32 = self._memory.array((a_i8.shape[0], self._checker.shapes[name][0]), np.int32)
         self._receive(claimed_i32)
         return self._checker.linear(name, a_i8, claimed_i32)
 
@@ -439,7 +467,8 @@ class RunAheadOperations:
         for entry, rows, c_before in zip(batch.entries, slices, before, strict=True):
             q, q_scale, start = x.q_i8[rows], x.q_scale[rows], entry.start
             if self.attention_check is AttentionCheck.TRANSFER:
-                claimed_scores = np.empty((c.num_heads, entry.num_tokens, start + entry.num_tokens), np.int32)
+                shape = (c.num_heads, entry.num_tokens, start + entry.num_tokens)
+                claimed_scores = self._memory.array(shape, np.int32)
                 self._receive(claimed_scores)
                 row_sum, pg = checker.expected_by_transfer(
                     layer, entry.seq_id, start, q, q_scale, x.k_i8[rows], c_before, claimed_scores
@@ -448,7 +477,7 @@ class RunAheadOperations:
                 row_sum, pg = checker.expected_by_replay(layer, entry.seq_id, start, q, q_scale)
             expected.append(pg)
             row_sums.append(row_sum)
-        claimed_i64 = np.empty((batch.num_tokens, c.num_heads, c.head_dim), np.int64)
+        claimed_i64 = self._memory.array((batch.num_tokens, c.num_heads, c.head_dim), np.int64)
         self._receive(claimed_i64)
         checker.batch_outputs(layer, batch, claimed_i64, expected)
         return claimed_i64, np.concatenate(row_sums)

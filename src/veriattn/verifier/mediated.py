@@ -18,7 +18,7 @@ from veriattn.native.kernels import attention_weights_paged
 from veriattn.shield.permutation import Shield
 from veriattn.spec.forward import AttentionInput, Batch
 from veriattn.spec.reference import I8, I32, I64
-from veriattn.verifier.checks import ClaimChecker, Split
+from veriattn.verifier.checks import ClaimChecker, ClaimMemory, Split
 from veriattn.verifier.own import OwnLayers
 from veriattn.verifier.tiling import AutoTiling, Tiling, score_groups
 from veriattn.wire.channel import Channel
@@ -102,6 +102,7 @@ class _Mediated(ABC):
     ) -> None:
         self._checker, self._channel, self._split, self._shield, self._own = checker, channel, split, shield, own
         self._index = {name: i for i, name in enumerate(checker.shapes)}
+        self._memory = ClaimMemory()
         self.attention_s = 0.0  # wall time in attention so far, waiting included
 
     def _receive(self, out: npt.NDArray[_Integer]) -> npt.NDArray[_Integer]:
@@ -167,7 +168,7 @@ class TsdpOperations(_Mediated):
 
     def _ask_linear(self, name: str, a_i8: I8) -> I32:
         self._channel.send(Kind.LINEAR, *self._request_linear(name, a_i8))
-        claimed = self._receive(np.empty((a_i8.shape[0], self._checker.shapes[name][0]), np.int32))
+        claimed = self._receive(self._memory.array((a_i8.shape[0], self._checker.shapes[name][0]), np.int32))
         return self._check_linear(name, a_i8, claimed)
 
     def _whole(self, layer: int, batch: Batch, x: AttentionInput) -> tuple[I64, I32]:
@@ -253,7 +254,7 @@ class VeriattnOperations(_Mediated):
         self._sender.send_now(Kind.LINEAR, self._request_linear(name, a_i8[tiles[0]]))
         for tile in tiles[1:]:
             self._sender.send(Kind.LINEAR, self._request_linear(name, a_i8[tile]))
-        verified = np.empty((a_i8.shape[0], self._checker.shapes[name][0]), np.int32)
+        verified = self._memory.array((a_i8.shape[0], self._checker.shapes[name][0]), np.int32)
         for tile in tiles:
             try:
                 verified[tile] = self._check_linear(name, a_i8[tile], self._receive(verified[tile]))
@@ -276,7 +277,7 @@ class VeriattnOperations(_Mediated):
         transfer = self.attention_check is AttentionCheck.TRANSFER
         runs = tuple(Run(e.seq_id, e.start, e.num_tokens) for e in batch.entries)
         before = checker.append(layer, batch, x)
-        outputs = np.empty((batch.num_tokens, c.num_heads, c.head_dim), np.int64)
+        outputs = self._memory.array((batch.num_tokens, c.num_heads, c.head_dim), np.int64)
         row_sums = np.empty((batch.num_tokens, c.num_heads), np.int32)
         shown = self._shown(layer, batch, x)
 

@@ -161,11 +161,12 @@ class EmulatedTransport:
     def read_into(self, out: memoryview, deadline: float | None) -> None:
         """As the inner transport's, then waits until the bytes would have come over the link."""
         due = 0.0
-        for first in range(0, len(out), _PIECE_BYTES):
-            piece = out[first : first + _PIECE_BYTES]
-            self._inner.read_into(piece, deadline)
-            due = self._in.arrival(len(piece), self._sent_at(self._inner.read_position()))
-            self.trace.add("from prover", *self._in.crossed(len(piece)), track="link")
+        # The first bytes alone, so that the link starts with them and not with the next look of the other thread.
+        for piece in (out[:_PIECE_BYTES], out[_PIECE_BYTES:]):
+            if piece:
+                self._inner.read_into(piece, deadline)
+                end = self._inner.read_position()
+                due = self._arrival(end - len(piece), end)
         if deadline is not None and due > deadline:
             _sleep_until(deadline)
             raise self._role.timeout("answer")
@@ -178,17 +179,25 @@ class EmulatedTransport:
         """Seconds spent in waiting for the prover or for the link."""
         return self._inner.read_wait_s + self._slept_s
 
-    def _sent_at(self, position: int) -> float:
-        """When the other side was first seen to have written up to `position`; now, if that is news."""
+    def _arrival(self, first: int, end: int) -> float:
+        """When bytes [first, end) have come over the link; they enter it when they were first seen to be written.
+
+        In runs of bytes that were seen at the same time, as exact as byte by byte. What was not seen yet is sent now.
+        """
         positions, times = self._positions, self._times
-        index = bisect_right(positions, position - 1)
-        if index >= len(positions):
-            return time.monotonic()
-        sent_at = times[index]
+        index, due = bisect_right(positions, first), 0.0
+        while first < end:
+            if index < len(positions):
+                stop, sent_at = min(end, positions[index]), times[index]
+            else:
+                stop, sent_at = end, time.monotonic()
+            due = self._in.arrival(stop - first, sent_at)
+            self.trace.add("from prover", *self._in.crossed(stop - first), track="link")
+            first, index = stop, index + 1
         if index > 10_000:
             with self._changed:
-                del positions[:index], times[:index]
-        return sent_at
+                del positions[: index - 1], times[: index - 1]
+        return due
 
     def _observe(self) -> None:
         latest = -1

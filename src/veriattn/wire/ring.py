@@ -42,7 +42,7 @@ _NOEXEC_SEAL = 0x0008  # MFD_NOEXEC_SEAL, Linux 6.3; not named by Python yet
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 _MAX_RING_BYTES = 1 << 36
 _ZEROS = memoryview(bytes(64 * 1024))
-_PIECE_BYTES = 512 * 1024  # counters move at least this often inside a large message
+_PIECE_BYTES = 512 * 1024  # counters move at least this often inside a large message, for each thread that reads it
 _DEVICE_PIECE_BYTES, _DEVICE_PIECES = 4 * 1024 * 1024, 4  # of what a device writes: size, and how many at a time
 _SPINS = 100
 _RECHECK_MS = 1.0  # a wake-up can be lost (no store-load fence); never for longer than this
@@ -351,8 +351,10 @@ class RingConsumer(_RingEnd):
 
     def read_into(self, out: memoryview, deadline: float | None) -> None:
         """Copy the next len(out) bytes of the message into private memory, freeing slots on the way."""
-        size, data = self._size, self._data
-        done, total = 0, len(out)
+        size, data, done, total = self._size, self._data, 0, len(out)
+        # Work for every thread, while most of the ring is left to the writer.
+        threads = 1 if _native is None or total < 2 * _PIECE_BYTES else _native.get_threads()
+        piece = max(_PIECE_BYTES, min(size // 4, threads * _PIECE_BYTES))
         while done < total:
             pos = self._pos
             ready = self._limit - pos
@@ -360,8 +362,11 @@ class RingConsumer(_RingEnd):
                 self._wait(_READER_WAITS, "answer", deadline)
                 continue
             offset = pos % size
-            count = min(total - done, ready, size - offset, _PIECE_BYTES)
-            out[done : done + count] = data[offset : offset + count]
+            count = min(total - done, ready, size - offset, piece)
+            if _native is not None and count >= _PIECE_BYTES:
+                _native.copy_in(out, done, data, offset, count)
+            else:
+                out[done : done + count] = data[offset : offset + count]
             done += count
             self._pos = pos + count
             self._free(self._pos // self._slot)
