@@ -44,6 +44,55 @@ def test_pipe_arithmetic() -> None:
     assert pipe.arrival(1_000_000, 9.0) == pytest.approx(9.001010)  # the pipe was idle
 
 
+class Written:
+    """A transport of which nothing is known but what a test says was seen."""
+
+    read_wait_s = 0.0
+
+    def written_position(self) -> int:
+        return -1
+
+    def abort(self) -> None:
+        """Nobody waits."""
+
+    close = abort
+
+
+@pytest.mark.parametrize("rate", [1.0, 0.1, 10.0])
+def test_arrivals_are_those_of_bytes_one_by_one(rate: float) -> None:
+    """Bytes enter the link when they were seen: runs of them together as each by itself."""
+    rng = np.random.default_rng(4)
+    runs, times = rng.integers(1, 500, 200), np.cumsum(rng.exponential(3e-7, 200))
+    seen = np.repeat(times, runs)
+    throttle = Throttle(rate, 3)
+    link = emulate.EmulatedTransport(Written(), throttle)  # type: ignore[arg-type]
+    try:
+        link._positions[:], link._times[:] = np.cumsum(runs).tolist(), times.tolist()
+        free_at, at = 0.0, 37
+        for end in [*sorted(rng.integers(38, seen.size, 30).tolist()), seen.size]:
+            for sent_at in seen[at:end].tolist():
+                free_at = max(free_at, sent_at) + 1 / throttle.bytes_per_s
+            if end > at:
+                assert link._arrival(at, end) == pytest.approx(free_at + 3e-6, rel=1e-9)
+            at = end
+        before = time.monotonic()
+        assert link._arrival(at, at + 1000) >= before + 1000 / throttle.bytes_per_s
+    finally:
+        link.close()
+
+
+def test_times_that_are_past_are_forgotten() -> None:
+    link = emulate.EmulatedTransport(Written(), Throttle(1))  # type: ignore[arg-type]
+    try:
+        link._positions[:], link._times[:] = range(10, 200_010, 10), [1.0 + i for i in range(20_000)]
+        assert link._arrival(0, 150_003) == pytest.approx(15_001.0)
+        assert link._positions[0] == 150_010 and link._times[0] == 15_001.0
+        assert link._arrival(150_003, 150_010) == pytest.approx(15_001.0)
+        assert link._arrival(150_010, 150_020) == pytest.approx(15_002.0)
+    finally:
+        link.close()
+
+
 def test_bytes_do_not_come_early(pair: tuple[Channel, Channel]) -> None:
     verifier, prover = pair
     data = np.arange(500_000, dtype=np.uint8)

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from veriattn.errors import (
@@ -345,6 +345,99 @@ def test_mutation_while_reading() -> None:
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
         del shared
+
+
+# -- large messages, which several threads copy ----------------------------------------------------------------------
+
+MIB = 1 << 20
+
+
+@pytest.fixture(params=[1, 3])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = kernels.get_threads()
+    kernels.set_threads(request.param)
+    yield request.param
+    kernels.set_threads(before)
+
+
+@given(
+    st.lists(
+        st.sampled_from([0, 31, 4096, 512 * 1024 - 32, 700_001, MIB - 1, MIB, 2 * MIB + 3, 7 * MIB + 5]), max_size=5
+    ),
+    st.sampled_from([5, 128, 700, 2048]),
+    st.booleans(),
+)
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_large_messages_over_the_end_of_the_ring(threads: int, sizes: list[int], slots: int, together: bool) -> None:
+    """Smaller than the ring, as large and larger; one after the other, and those that are complete in one go."""
+    verifier, prover = ring_pair(RingGeometry(4096, 2, slots))
+    sizes = [*sizes, 3 * MIB + 9]
+    payloads = arrays(*sizes)
+    outs = [np.zeros(size + 1, np.uint8)[1:] for size in sizes]  # at odd addresses
+    with verifier, prover:
+        writer = threading.Thread(target=lambda: [prover.send(Kind.CLAIM, p) for p in payloads])
+        writer.start()
+        if together:
+            verifier.recv_all(Kind.CLAIM, outs, naps=50, nap_s=0.001)
+        else:
+            for out in outs:
+                verifier.recv(Kind.CLAIM, out.nbytes, out)
+        writer.join()
+        assert all(np.array_equal(a, b) for a, b in zip(outs, payloads, strict=True))
+        freed = sum(-(-(size + 32) // 4096) for size in sizes)
+        assert words(prover).load(FROM + TAIL) == words(prover).load(FROM + HEAD) == freed
+
+
+def test_large_messages_in_pieces_of_any_size(threads: int) -> None:
+    verifier, prover = ring_pair(RingGeometry(4096, 2, 600))
+    data = np.random.default_rng(3).integers(0, 256, 9 * MIB + 1, np.uint8)
+    with verifier, prover:
+        writer = threading.Thread(target=prover.send, args=(Kind.CLAIM, data))
+        writer.start()
+        verifier.expect(Kind.CLAIM, data.nbytes)
+        out, at = np.zeros(data.nbytes, np.uint8), 0
+        for size in (1, 3 * MIB + 7, 511 * 1024, MIB, 4 * MIB - 1, data.nbytes):
+            end = min(at + size, data.nbytes)
+            verifier.recv_into(out[at:end])
+            at = end
+        writer.join()
+    assert np.array_equal(out, data)
+
+
+@pytest.mark.parametrize("head", [0, 256, 257 + 640 + 1, 2**63, 2**64 - 1])
+def test_lies_about_the_head_inside_a_large_message(threads: int, head: int) -> None:
+    """Half of the message lies there honestly and is copied; then the counter falls back, or runs ahead of the ring."""
+    verifier, prover = ring_pair(RingGeometry(4096, 2, 640))
+    with verifier, prover:
+        consumer = verifier._transport._consumer  # type: ignore[attr-defined]
+        ring = np.frombuffer(prover._transport._views[1], np.uint8)  # type: ignore[attr-defined]
+        ring[:] = 9
+        words(prover).store(FROM + HEAD, 257)
+        first, rest = np.zeros(257 * 4096, np.uint8), np.zeros(2 * MIB, np.uint8)
+        consumer.read_into(memoryview(first), None)
+        assert (first == 9).all() and words(prover).load(FROM + TAIL) == 257
+        words(prover).store(FROM + HEAD, head)
+        with pytest.raises(MalformedMessage):
+            consumer.read_into(memoryview(rest), time.monotonic() + 5)
+        assert not rest.any()
+        del ring
+
+
+def test_slots_of_a_message_that_is_taken_are_free_again(threads: int) -> None:
+    """As large as the ring, twice: the second needs what the first gave back."""
+    verifier, prover = ring_pair(RingGeometry(4096, 2, 1024))
+    size = 4 * MIB - 32
+    payloads, outs = arrays(size, size), [np.zeros(size, np.uint8) for _ in range(2)]
+    with verifier, prover:
+        for payload, out in zip(payloads, outs, strict=True):
+            prover.send_all(Kind.CLAIM, [payload])
+            verifier.recv_all(Kind.CLAIM, [out])
+            assert np.array_equal(out, payload)
+            ring = np.frombuffer(prover._transport._views[1], np.uint8)  # type: ignore[attr-defined]
+            ring[:] = 0  # what comes after the copy
+            assert np.array_equal(out, payload)
+            del ring
+        assert words(prover).load(FROM + TAIL) == 2048
 
 
 # -- the segment ---------------------------------------------------------------------------------------------------
