@@ -13,7 +13,7 @@ def test_lines_are_complete() -> None:
     results = run(0.0)
     assert kernels.get_threads() == threads
     assert json.loads(json.dumps(results, allow_nan=False)) == results
-    assert len({r["name"] for r in results}) == len(results) == 17
+    assert len({r["name"] for r in results}) == len(results) == 19
     for r in results:
         assert set(r) == {"name", "value", "unit", "bar", "met", "roofline", "fraction"}
         assert r["value"] > 0 or r["name"] == "peak.int8_products"

@@ -1,6 +1,7 @@
 """The native kernels against the limits of one core, both measured in the same run.
 
-Times are CPU time of one thread, the median of several calls, so that other work on the machine disturbs them little.
+Times are CPU time of one thread, the median of several calls, so that other work on the machine disturbs them little;
+`copy_in.all_threads` alone is wall time.
 The bars are those of a CPU with AMX; elsewhere `met` is None and the figure is for information.
 """
 
@@ -44,12 +45,12 @@ LINEARS = {
 
 
 class Stopwatch:
-    """Median CPU seconds of one call within a share of the time allowed."""
+    """Median seconds of one call within a share of the time allowed: of CPU, where nothing else is said."""
 
     def __init__(self, seconds: float) -> None:
         self._each = seconds
 
-    def __call__(self, *calls: Callable[[], object]) -> float:
+    def __call__(self, *calls: Callable[[], object], clock: Callable[[], float] = time.thread_time) -> float:
         """Several calls are taken in turn, each on data of its own, so that none finds its data in cache."""
         for call in calls[:2]:
             call()
@@ -57,9 +58,9 @@ class Stopwatch:
         end = time.monotonic() + self._each
         while len(taken) < 3 or (time.monotonic() < end and len(taken) < 1000):
             call = calls[len(taken) % len(calls)]
-            start = time.thread_time()
+            start = clock()
             call()
-            taken.append(time.thread_time() - start)
+            taken.append(clock() - start)
         return float(np.median(taken))
 
 
@@ -102,6 +103,25 @@ def _limits(watch: Stopwatch) -> tuple[float, float, list[Result]]:
         _higher_is_better("memory.streaming_read", bandwidth, "GB/s", None, None),
         _higher_is_better("peak.int8_products", peak, "GMAC/s", None, None),
     ]  # fmt: skip
+
+
+def _copies(watch: Stopwatch, threads: int, bandwidth: float) -> list[Result]:
+    """Claims on their way into private memory, 128 MiB in one message: with one thread, and with all of them."""
+    shared, out = np.ones(1 << 27, np.uint8), np.zeros(1 << 27, np.uint8)
+
+    def copy() -> object:
+        return kernels.copy_in(out, 0, shared, 0, shared.nbytes)
+
+    one = shared.nbytes / watch(copy) / 1e9
+    kernels.set_threads(threads)
+    try:
+        every = shared.nbytes / watch(copy, clock=time.perf_counter) / 1e9
+    finally:
+        kernels.set_threads(1)
+    return [
+        _higher_is_better("copy_in.one_thread", one, "GB/s", None, bandwidth),
+        _higher_is_better("copy_in.all_threads", every, "GB/s", None, None),
+    ]
 
 
 def _linear_checks(watch: Stopwatch, rng: np.random.Generator, bandwidth: float) -> list[Result]:
@@ -264,13 +284,15 @@ def _layers(watch: Stopwatch, rng: np.random.Generator) -> list[Result]:
 
 
 def run(seconds: float = 20.0) -> list[Result]:
-    """Measure for about `seconds` (and as long again to make data). One thread; the thread count is given back."""
+    """Measure for about `seconds` (and as long again to make data). One thread, but for copies in wall time; the thread
+    count is given back."""
     rng = np.random.default_rng(1)
-    watch = Stopwatch(seconds / 17)
+    watch = Stopwatch(seconds / 19)
     threads = kernels.get_threads()
     kernels.set_threads(1)
     try:
         bandwidth, peak, results = _limits(watch)
+        results += _copies(watch, threads, bandwidth)
         peak_or_nan = peak if math.isfinite(peak) else math.nan
         results += _linear_checks(watch, rng, bandwidth)
         results += _products(watch, rng, bandwidth, peak_or_nan)

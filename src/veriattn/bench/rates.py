@@ -74,14 +74,13 @@ def _measure(c: ModelConfig, best: _Best, rng: np.random.Generator, threads: int
 
 
 def _memory(best: _Best, threads: int) -> tuple[float, float]:
-    """Bytes a second of reading by so many threads, and of one that copies: a message crosses a ring in one piece."""
+    """Bytes a second of so many threads: of reading, and of copying as claims are copied in."""
     words = np.ones(1 << (24 if threads == 1 else 26), np.uint64)
     parts = np.array_split(words, threads)
     with ThreadPoolExecutor(threads) as pool:
         read = words.nbytes / best(lambda: list(pool.map(kernels.read_words, parts)))
-    words = words[: 1 << 24]
     there = np.zeros_like(words)
-    return read, words.nbytes / best(lambda: np.copyto(there, words))
+    return read, words.nbytes / best(lambda: kernels.copy_in(there, 0, words, 0, words.nbytes))
 
 
 def _scores(c: ModelConfig, best: _Best, rng: np.random.Generator, rows: int, keys: int, kv: int) -> ScoreRates:

@@ -48,8 +48,9 @@ class ScoreRates:
 class SideRates:
     """What one side can do with its threads or its device, measured alone.
 
-    macs: int8 multiply-adds a second in a matrix product of many rows. read, copy: bytes a second. check: seconds per claimed
-    int32. token, token_one: seconds per token and layer of everything elementwise, among many rows and alone.
+    macs: int8 multiply-adds a second in a matrix product of many rows. read, copy: bytes a second, the
+    latter from shared into private memory as large claims go. check: seconds per claimed int32. token, token_one:
+    seconds per token and layer of everything elementwise, among many rows and alone.
     """
 
     macs: float
