@@ -120,3 +120,24 @@ def test_misuse_is_refused() -> None:
     out[:10] = 7
     kernels.copy_in(out, 10, out, 0, 10)
     assert out.tolist() == [7] * 20 + [0] * 80
+
+
+@pytest.mark.parametrize("first", [0, 1, 300, 639])
+@pytest.mark.parametrize("size", [0, 1, 4064, 4065, MIB, 2 * MIB + 5, 640 * 4096 - 32])
+def test_messages_taken_out_of_a_ring(threads: int, first: int, size: int) -> None:
+    """Wherever in a ring of 640 slots they begin; the other side's counter and the bytes stay, ours moves to the end."""
+    page, slot, slots = np.zeros(1024, np.uint64), 4096, 640
+    header, payload = bytes(range(32)), SOURCE[:size]
+    message = np.concatenate([np.frombuffer(header, np.uint8), payload])
+    ring = np.full(slot * slots, 0xEE, np.uint8)
+    np.put(ring, np.arange(first * slot, first * slot + message.size), message, mode="wrap")
+    before, end = ring.copy(), first + -(-message.size // slot)
+    page[64] = end
+    out = np.zeros(size, np.uint8)
+    at = (page.view(np.uint8), 512, ring, slot, first * slot, first)
+    assert kernels.ring_take(*at, bytes(32), [out]) == (first * slot, end, 0, False)  # type: ignore[arg-type]
+    assert page[72] == 0 and not out.any()
+    page[88] = 1  # the writer waits
+    assert kernels.ring_take(*at, header, [out]) == (end * slot, end, 1, True)  # type: ignore[arg-type]
+    assert np.array_equal(out, payload) and np.array_equal(ring, before)
+    assert page[64] == end and page[72] == end and np.count_nonzero(page) == 3
