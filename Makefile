@@ -13,7 +13,7 @@ BIN := $(VENV)/bin
 # One test that hangs must not hang the rest; pytest's own closing lines stay the last ones printed.
 PYTEST := -m pytest -q --timeout 300 $(PYTEST_ARGS)
 
-.PHONY: help demo test test-sanitize test-torch test-gpu test-browser accept lint format bench bench-peers fuzz native clean
+.PHONY: help demo test test-sanitize test-torch test-gpu test-browser accept lint format bench bench-gpu bench-peers fuzz native clean
 .DELETE_ON_ERROR:
 
 help:
@@ -26,6 +26,7 @@ help:
 	@echo 'make accept      the acceptance measurements (long; quality needs EVAL_TEXT)'
 	@echo 'make lint        ruff, mypy, import contracts        make format   let ruff rewrite'
 	@echo 'make bench       measurements on this machine        make fuzz     fuzz the codec for FUZZ_SECONDS'
+	@echo 'make bench-gpu   every figure that needs a GPU, part by part, and a report (BENCH_ARGS="--list"; $$GPU_PYTHON)'
 	@echo 'make bench-peers  decoding beside llama.cpp, in an environment of its own (compiles it: some minutes)'
 	@echo 'make native      build the native kernels in place   make clean    remove what was built here'
 
@@ -76,11 +77,20 @@ test-torch: $(VENV_TORCH)/.torch
 
 # Needs torch with CUDA and Triton in GPU_PYTHON, and no network: everything else it uses must be there too.
 GPU_PYTHON ?= python3
-test-gpu:
+define on-gpu
 	@$(GPU_PYTHON) -c 'import torch, triton; raise SystemExit(not torch.cuda.is_available())' \
 		|| { echo 'error: $(GPU_PYTHON) needs a CUDA GPU, torch with CUDA, and triton' >&2; exit 1; }
 	PATH="$$(dirname $$(command -v $(GPU_PYTHON))):$$PATH" $(GPU_PYTHON) tools/build_native.py
-	PYTHONPATH="src$${PYTHONPATH:+:$$PYTHONPATH}" $(GPU_PYTHON) -m pytest -q $(PYTEST_ARGS) tests/gpu
+	PYTHONPATH="src$${PYTHONPATH:+:$$PYTHONPATH}" $(GPU_PYTHON)
+endef
+
+test-gpu:
+	$(on-gpu) -m pytest -q $(PYTEST_ARGS) tests/gpu
+
+# What is complete is not measured again: with BENCH_ARGS='--budget 540' the next call goes on.
+BENCH_ARGS ?=
+bench-gpu:
+	$(on-gpu) -m benchmarks.gpu $(BENCH_ARGS)
 
 test-browser: $(VENV)/.browser
 	$(BIN)/python $(PYTEST) tests/browser

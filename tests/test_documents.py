@@ -29,9 +29,9 @@ FOREIGN = {
     "--python-version", "--read-only", "--rm", "--tmpfs", "--ulimit", "--user",
 }  # fmt: skip
 #: Programs of ours beside `veriattn`.
-PROGRAMS = ("src/veriattn/prover/__main__.py", "tools/build_native.py")
+PROGRAMS = ("src/veriattn/prover/__main__.py", "tools/build_native.py", "benchmarks/gpu/__main__.py")
 #: Files that are made at run time, or belong to the system.
-MADE = {"manifest.json", "quality.json", "tokenizer.json", "config.json", "/etc/veriattn/serve.toml"}
+MADE = {"gpu.jsonl", "manifest.json", "quality.json", "tokenizer.json", "config.json", "/etc/veriattn/serve.toml"}
 
 
 def snippets(text: str) -> list[str]:

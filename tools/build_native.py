@@ -25,7 +25,7 @@ def build(sanitize: bool, emulate_amx: bool) -> Path:
          f"-DVERIATTN_EMULATE_AMX={'ON' if emulate_amx else 'OFF'}"],
         check=True, stdout=subprocess.DEVNULL,
     )  # fmt: skip
-    subprocess.run(["cmake", "--build", build_dir, "--parallel", "2"], check=True)
+    subprocess.run(["cmake", "--build", build_dir, "--parallel", str(len(os.sched_getaffinity(0)))], check=True)
     return target
 
 

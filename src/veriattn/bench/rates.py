@@ -10,7 +10,6 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -160,9 +159,7 @@ def measure(
         rates = Rates(tee, prover, LinkRates(), threads, prover_threads, cores)
     else:
         figures = device_figures(device)
-        # Between device and ring its process copies as the TEE's does.
-        prover = replace(device_side(c, figures), copy=tee.copy)
-        rates = Rates(tee, prover, device_link(figures), threads, None, cores)
+        rates = Rates(tee, device_side(c, figures), device_link(figures), threads, None, cores)
     return rates if link is None else with_link(rates, link)
 
 
