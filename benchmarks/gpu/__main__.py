@@ -40,6 +40,7 @@ def _options() -> argparse.ArgumentParser:
     parser.add_argument("--model-dir", type=Path, metavar="DIR", help="random weights and compiled kernels [build/gpu]")
     parser.add_argument("--model", metavar="MODEL", help="a real model for `ids`, shortened [smollm2 if it was pulled]")
     parser.add_argument("--of", metavar="SOURCE,SOURCE", help="count results of these versions of the code as well")
+    parser.add_argument("--no-pictures", action="store_true", help="draw none")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu: a rehearsal")
     parser.add_argument("--shape-override", choices=sorted(SHAPES), metavar="SHAPE", help="for a rehearsal")
     parser.add_argument("--child", metavar="PART", help=argparse.SUPPRESS)
@@ -141,7 +142,7 @@ class _Run:
         text = bars.document(found, records)
         if records:
             (self.out / "gpu.md").write_text(text, encoding="utf-8")
-            drawn, why = bars.draw(found, self.out)
+            drawn, why = ([], "") if self.a.no_pictures else bars.draw(found, self.out)
             child.note(
                 f"wrote {self.out / 'gpu.md'}" + "".join(f", {f.name}" for f in drawn) + (f"; {why}" if why else "")
             )
