@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from tests.helpers import tiny_config, tiny_tensors  # noqa: E402
 
 from veriattn.errors import InternalError, NumericsError  # noqa: E402
 from veriattn.prover.cuda import backend as backend_module  # noqa: E402
-from veriattn.prover.cuda import exponential  # noqa: E402
+from veriattn.prover.cuda import exponential, memory  # noqa: E402
 from veriattn.spec.forward import Batch, BatchEntry  # noqa: E402
 from veriattn.wire.messages import AttentionCheck, BadRequest  # noqa: E402
 from veriattn.wire.operations import AttendRequest, Reply, Run, WeightsRequest  # noqa: E402
@@ -44,14 +45,79 @@ def test_more_layers_than_slots(make_model: Maker) -> None:
     pair.step(AttentionCheck.TRANSFER, BatchEntry(1, 3, (8,), "last"))
 
 
-def test_chunks_known_ahead(make_model: Maker) -> None:
+class LateEngine(memory.CopyEngine):
+    """Copies as late as they may be: when somebody waits for them, while kernels have run on all the time. What is used
+    before it was waited for, or written over before it was copied, comes out wrong."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
+        self._queue: deque[tuple[torch.Tensor, torch.Tensor]] = deque()
+        self._through = 0
+        self.longest = 0
+
+    def copy(self, to: torch.Tensor, source: torch.Tensor, after: object) -> Callable[[], None]:
+        self._queue.append((to, source))
+        number = self._through + len(self._queue)
+        self.longest = max(self.longest, len(self._queue))
+        return lambda: self._run(number)
+
+    def _run(self, number: int) -> None:
+        while self._through < number:
+            to, source = self._queue.popleft()
+            to.copy_(source)
+            self._through += 1
+
+    def settle(self) -> None:
+        self._run(self._through + len(self._queue))
+
+
+@pytest.fixture
+def late(monkeypatch: pytest.MonkeyPatch) -> list[LateEngine]:
+    """Backends that are made from now on copy late."""
+    made: list[LateEngine] = []
+
+    def make(device: torch.device) -> LateEngine:
+        made.append(LateEngine(device))
+        return made[-1]
+
+    monkeypatch.setattr(memory, "CopyEngine", make)
+    return made
+
+
+def test_chunks_known_ahead(make_model: Maker, late: list[LateEngine]) -> None:
     backends.check_ahead(backends.Pair(make_model(num_layers=4), "cpu"), 6, 2)
+    assert late[0].longest == 3, "as many layers were on their way as there are slots"
+
+
+def test_operations_whose_answers_leave_late(make_model: Maker, late: list[LateEngine]) -> None:
+    backends.check_operations(backends.Pair(make_model(), "cpu"))
+    assert late[0].longest == 3
 
 
 @pytest.mark.parametrize("staged_bytes", [0, 8000])
 def test_claims_written_into_the_ring(pair: backends.Pair, staged_bytes: int) -> None:
     """All of them, and only those of large layers."""
     backends.check_straight(pair, 70, staged_bytes)
+
+
+def test_claims_written_into_the_ring_late(make_model: Maker, late: list[LateEngine]) -> None:
+    backends.check_straight(backends.Pair(make_model(num_layers=3), "cpu"), 20)
+    assert late[0].longest > 1
+
+
+def test_an_error_leaves_nothing_on_its_way(make_model: Maker, late: list[LateEngine]) -> None:
+    pair = backends.Pair(make_model(num_layers=2), "cpu")
+
+    class Broken(backends.Collected):
+        def claim(self, name: str, values: np.ndarray[Any, Any]) -> None:
+            raise InternalError("the link broke")
+
+    pair.cuda.step(Batch((BatchEntry(1, 0, (5, 6), "none"),)), AttentionCheck.REPLAY, Broken())
+    with pytest.raises(InternalError, match="link broke"):
+        pair.cuda.finish()
+    pair.cuda.finish()
+    pair.cuda.free(1)
+    assert pair.cuda.nonzero_bytes() == 0 and not late[0]._queue
 
 
 def test_a_step_without_a_sink_leaves_what_is_on_its_way(make_model: Maker) -> None:

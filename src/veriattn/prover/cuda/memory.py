@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -107,17 +108,65 @@ class Part:
     dtype: torch.dtype
 
 
+class CopyEngine:
+    """Copies from the device to the host, beside the kernels: on a stream of their own, or at once where there is none."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def mark(self) -> torch.cuda.Event | None:
+        """A point in the queue of kernels: after those that are queued by now."""
+        if self._stream is None:
+            return None
+        event = torch.cuda.Event()
+        event.record()
+        return event
+
+    def copy(self, to: torch.Tensor, source: torch.Tensor, after: torch.cuda.Event | None) -> Callable[[], None]:
+        """Queue a copy of bytes behind the mark; what it returns waits until they are there."""
+        if self._stream is None or after is None:
+            to.copy_(source)
+            return _done
+        with torch.cuda.stream(self._stream):
+            self._stream.wait_event(after)
+            to.copy_(source, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+        wait: Callable[[], None] = event.synchronize
+        return wait
+
+    def settle(self) -> None:
+        """Wait until nothing is under way any more."""
+        if self._stream is not None:
+            torch.cuda.synchronize()
+
+    def pin(self, memory: memoryview) -> bool:
+        """Lock shared memory for the device's copy engine, for the life of this process; False where that is refused (inside
+        a TDX guest, or by a limit on locked memory)."""
+        if self._stream is None:
+            return True
+        cudart = torch.cuda.cudart()
+        address = np.frombuffer(memory, np.uint8).ctypes.data
+        if cudart.cudaHostRegister(address, len(memory), 0) == cudart.cudaError.success:
+            return True
+        # A refused call leaves its error for the next launch to report: take it here.
+        with contextlib.suppress(RuntimeError):
+            torch.zeros(1, device=self._stream.device)
+        return False
+
+
+def _done() -> None:
+    """Nothing to wait for."""
+
+
 class Slot:
     """Device memory that kernels write claims into, and pinned memory for what does not go straight to the ring. The first
     word is the flag."""
 
-    def __init__(self, device: torch.device, pin: bool) -> None:
-        self._device, self._pin = device, pin
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
         self.raw = torch.zeros(0, dtype=torch.uint8, device=device)
         self.host = torch.zeros(0, dtype=torch.uint8)
-        #: The kernels that fill it are through; what was to be copied to `host` is there.
-        self.filled: torch.cuda.Event | None = torch.cuda.Event() if device.type == "cuda" else None
-        self.copied: torch.cuda.Event | None = torch.cuda.Event() if device.type == "cuda" else None
 
     def fit(self, size: int) -> bool:
         """Make it that large; True if it moved."""
@@ -131,41 +180,44 @@ class Slot:
         """Make the host's side that large."""
         if self.host.numel() < size:
             self.host.zero_()
-            self.host = torch.zeros(aligned(size), dtype=torch.uint8, pin_memory=self._pin)
+            self.host = torch.zeros(aligned(size), dtype=torch.uint8, pin_memory=self._device.type == "cuda")
 
 
 @dataclass(frozen=True)
 class _Sending:
-    """A filled slot on its way: `straight` to the ring, or by the host's side of the slot."""
+    """A filled slot on its way: straight to the sink's memory, or by the host's side of the slot.
+
+    filled: after the kernels that fill it. wait: until the host's side has what is copied there, the flag at least.
+    """
 
     slot: Slot
     parts: list[Part]
     name: str
     sink: ClaimSink | None
     straight: GroupSink | None
+    filled: torch.cuda.Event | None
+    wait: Callable[[], None]
 
 
 class Outbox:
-    """A few slots in turn: kernels fill one while others are copied (on a stream of their own) or sent.
+    """A few slots in turn: kernels fill one while others are copied or sent.
 
     The device runs ahead of what has been sent by as many slots as there are. Large claims are written into the shared ring
     by the device's copy engine, where the ring can be pinned; small ones, and all where it cannot, by way of pinned memory.
     """
 
-    def __init__(self, device: torch.device, slots: int = 3) -> None:
-        self._cuda = device.type == "cuda"
-        self._device = device
-        self._slots = [Slot(device, self._cuda) for _ in range(slots)]
+    def __init__(self, device: torch.device, slots: int = 3, engine: CopyEngine | None = None) -> None:
+        self._engine = engine or CopyEngine(device)
+        self._slots = [Slot(device) for _ in range(slots)]
         self._busy: deque[_Sending] = deque()
         self._next = 0
-        self._copies = torch.cuda.Stream(device) if self._cuda else None
         self._reachable: bool | None = None  # whether the device can write to the ring; None: not tried
         self.results: list[np.ndarray[Any, Any]] = []
         #: Counts how often a slot has moved.
         self.moves = 0
 
     def take(self, size: int) -> Slot:
-        """The next slot in turn; sends the oldest if all are in use. Raises: as `flush`."""
+        """The next slot in turn; sends what it still holds. Raises: as `flush`."""
         slot = self._slots[self._next]
         while any(sending.slot is slot for sending in self._busy):
             self._send_oldest()
@@ -184,20 +236,11 @@ class Outbox:
     def submit(self, slot: Slot, size: int, parts: list[Part], sink: ClaimSink | None, name: str = "") -> None:
         """Send the parts, in order, once the kernels queued so far are through; they lie in the first `size` bytes."""
         straight = self._straight(size, parts, sink)
-        if self._copies is None or slot.filled is None or slot.copied is None:
-            if straight is None:
-                slot.fit_host(size)
-                slot.host[:size].copy_(slot.raw[:size])
-        else:
-            slot.filled.record()
-            # The flag is looked at in any case.
-            count = size if straight is None else _ALIGN
-            slot.fit_host(count)
-            with torch.cuda.stream(self._copies):
-                self._copies.wait_event(slot.filled)
-                slot.host[:count].copy_(slot.raw[:count], non_blocking=True)
-                slot.copied.record()
-        self._busy.append(_Sending(slot, parts, name, sink, straight))
+        count = size if straight is None else _ALIGN
+        slot.fit_host(count)
+        filled = self._engine.mark()
+        wait = self._engine.copy(slot.host[:count], slot.raw[:count], filled)
+        self._busy.append(_Sending(slot, parts, name, sink, straight, filled, wait))
 
     def _straight(self, size: int, parts: list[Part], sink: ClaimSink | None) -> GroupSink | None:
         """The sink if the device is to write these claims into its memory."""
@@ -207,7 +250,7 @@ class Outbox:
         if memory is None:
             return None
         if self._reachable is None:
-            self._reachable = not self._cuda or _pinned(memory, self._device)
+            self._reachable = self._engine.pin(memory)
         return sink if self._reachable else None
 
     def flush(self) -> list[np.ndarray[Any, Any]]:
@@ -219,24 +262,22 @@ class Outbox:
 
     def drop(self) -> None:
         """After an error: wait for the copies and forget what was not sent."""
-        if self._cuda:
-            torch.cuda.synchronize()
+        self._engine.settle()
         self._busy.clear()
         self.results = []
 
     def _send_oldest(self) -> None:
         sending = self._busy.popleft()
         slot, parts, sink = sending.slot, sending.parts, sending.sink
-        if slot.copied is not None:
-            slot.copied.synchronize()
-        flag = slot.raw if slot.copied is None and sending.straight is not None else slot.host
-        if int(view(flag, 0, (1,), torch.int32)[0]):
+        sending.wait()
+        if int(view(slot.host, 0, (1,), torch.int32)[0]):
             raise NumericsError(
                 "an activation is not finite or is 2**40 or larger",
                 hint="the model does not fit the canonical numerics; convert it again and look at its quality report",
             )
         if sending.straight is not None:
-            self._send_straight(sending, sending.straight)
+            sizes = [prod(p.shape) * p.dtype.itemsize for p in parts]
+            sending.straight.claim_pieces(sending.name, sizes, functools.partial(self._start_piece, sending))
             return
         values = [view(slot.host, part.at, part.shape, part.dtype).numpy() for part in parts]
         if isinstance(sink, GroupSink) and all(part.name is not None for part in parts):
@@ -248,24 +289,11 @@ class Outbox:
             elif sink is not None:
                 sink.claim(part.name, array)
 
-    def _send_straight(self, sending: _Sending, sink: GroupSink) -> None:
-        """Claims from the device into the sink's memory. The kernels that made them are through."""
-        raw, parts, copies = sending.slot.raw, sending.parts, self._copies
-
-        def start(claim: int, at: int, to: memoryview) -> Callable[[], None]:
-            first = parts[claim].at + at
-            target = torch.frombuffer(to, dtype=torch.uint8)
-            if copies is None:
-                target.copy_(raw[first : first + len(to)])
-                return _done
-            with torch.cuda.stream(copies):
-                target.copy_(raw[first : first + len(to)], non_blocking=True)
-                there = torch.cuda.Event()
-                there.record()
-            wait: Callable[[], None] = there.synchronize
-            return wait
-
-        sink.claim_pieces(sending.name, [prod(p.shape) * p.dtype.itemsize for p in parts], start)
+    def _start_piece(self, sending: _Sending, claim: int, at: int, to: memoryview) -> Callable[[], None]:
+        """`backend.StartPiece` for the claims of a slot."""
+        first = sending.parts[claim].at + at
+        source = sending.slot.raw[first : first + len(to)]
+        return self._engine.copy(torch.frombuffer(to, dtype=torch.uint8), source, sending.filled)
 
     def wipe(self) -> None:
         """Zero both sides of every slot. Raises: InternalError while some are in use."""
@@ -276,23 +304,6 @@ class Outbox:
 
     def nonzero_bytes(self) -> int:
         return sum(int(torch.count_nonzero(x)) for s in self._slots for x in (s.raw, s.host))
-
-
-def _done() -> None:
-    """Nothing to wait for."""
-
-
-def _pinned(memory: memoryview, device: torch.device) -> bool:
-    """Lock shared memory for the device's copy engine, for the life of this process; False where that is refused (inside a
-    TDX guest, or by a limit on locked memory)."""
-    cudart = torch.cuda.cudart()
-    address = np.frombuffer(memory, np.uint8).ctypes.data
-    if cudart.cudaHostRegister(address, len(memory), 0) == cudart.cudaError.success:
-        return True
-    # A refused call leaves its error for the next launch to report: take it here.
-    with contextlib.suppress(RuntimeError):
-        torch.zeros(1, device=device)
-    return False
 
 
 class Layout:
