@@ -16,13 +16,13 @@ import numpy.typing as npt
 
 from veriattn.bench.kernels import Result
 from veriattn.bench.report import line
-from veriattn.bench.runner import token_ids
+from veriattn.bench.runner import KERNELS_VARIABLE, compiled_kernels, token_ids
 from veriattn.bench.shapes import shape, write_random_model
 from veriattn.errors import ConfigError
 from veriattn.home import resolve_model
 from veriattn.spec.forward import Batch, BatchEntry
 from veriattn.spec.modelfile import MANIFEST_FILE, ModelDirectory, ModelWriter
-from veriattn.verifier.launch import ChildProver, builtin_prover
+from veriattn.verifier.launch import ChildProver, Launcher, builtin_prover
 from veriattn.verifier.model import VerifierModel
 from veriattn.verifier.session import Flow, Session, SessionConfig
 
@@ -88,13 +88,17 @@ def _answers(model: VerifierModel, flow: Flow, device: str) -> Iterator[npt.NDAr
     new = {i: token_ids(n, vocabulary, i) for i, n in enumerate(PROMPTS)}
     at = dict.fromkeys(new, 0)
     config = SessionConfig(max_tokens_per_step=sum(PROMPTS))
-    with Session(model, lambda m: ChildProver(m, builtin_prover(device)), config, flow) as session:
+    with compiled_kernels() as compiled, Session(model, _launcher(device, compiled), config, flow) as session:
         for _ in range(ANSWER):
             logits = session.run(Batch(tuple(BatchEntry(i, at[i], ids) for i, ids in new.items())))
             yield logits
             for i, ids in new.items():
                 at[i] += len(ids)
             new = {i: (int(np.argmax(row)),) for i, row in zip(new, logits, strict=True)}
+
+
+def _launcher(device: str, compiled: Path) -> Launcher:
+    return lambda m: ChildProver(m, builtin_prover(device), environment={KERNELS_VARIABLE: str(compiled)})
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from veriattn.bench import measure
-from veriattn.bench.runner import Models, Setup, StrategyRunner
+from veriattn.bench.runner import Models, Setup, StrategyRunner, compiled_kernels
 from veriattn.bench.shapes import shape, write_random_model
 from veriattn.bench.traffic import Bytes
 from veriattn.engine.strategies import STRATEGIES, Strategy
@@ -81,9 +81,10 @@ def test_bytes_are_those_on_paper(strategy: Strategy, limit: int | None, ratio: 
 def test_where_kernels_are_compiled_the_warm_up_is_what_is_timed(
     models: Models, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     for gpu, steps in ((False, [64, 96, 54, 96, 54]), (True, [96, 54, 96, 54, 96, 54])):
-        runner = StrategyRunner("run-ahead", models, Setup(prefill_chunk=96, prover_threads=1, gpu=gpu))
+        runner = StrategyRunner(
+            "run-ahead", models, Setup(prefill_chunk=96, prover_threads=1, gpu=gpu, kernels=tmp_path if gpu else None)
+        )
         seen: list[int] = []
         run = runner.step
         monkeypatch.setattr(
@@ -103,6 +104,17 @@ def test_where_kernels_are_compiled_the_warm_up_is_what_is_timed(
             assert (f"TRITON_CACHE_DIR={tmp_path}".encode() in environment) == gpu
         finally:
             runner.close()
+
+
+def test_provers_of_any_user_may_keep_kernels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
+    with compiled_kernels() as place:
+        assert place.stat().st_mode & 0o7777 == 0o1777
+    assert not place.exists()
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    with compiled_kernels() as place:
+        assert place == tmp_path
+    assert tmp_path.exists()
 
 
 def test_full_tee_compiles_nothing_and_has_no_trace(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:

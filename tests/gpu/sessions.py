@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from tests.helpers import LocalModel
 
+from veriattn.bench.runner import KERNELS_VARIABLE, compiled_kernels
 from veriattn.spec.forward import Batch, BatchEntry
 from veriattn.verifier.launch import ChildProver
 from veriattn.verifier.model import VerifierModel
@@ -40,13 +41,19 @@ def check_flows(
     model = VerifierModel(path)
     local = LocalModel.open(path)
     batches = _batches(local)
-    for flow, config in cases:
-        with Session(model, lambda m: ChildProver(m, command, timeout_s=300.0), config, flow) as session:
-            look(session)
-            for batch, expected in batches:
-                assert session.run(batch).tobytes() == expected.tobytes(), flow
-            session.free(0)
-            session.free(1)
+    with compiled_kernels() as compiled:
+        environment = {KERNELS_VARIABLE: str(compiled)}
+
+        def launch(m: VerifierModel) -> ChildProver:
+            return ChildProver(m, command, timeout_s=300.0, environment=environment)
+
+        for flow, config in cases:
+            with Session(model, launch, config, flow) as session:
+                look(session)
+                for batch, expected in batches:
+                    assert session.run(batch).tobytes() == expected.tobytes(), flow
+                session.free(0)
+                session.free(1)
 
 
 def check_prompt(path: Path, command: Sequence[str], length: int, chunk: int) -> None:

@@ -13,7 +13,7 @@ from veriattn.bench import measure
 from veriattn.bench.rates import measure as measure_rates
 from veriattn.bench.report import Conditions, Point, scaled
 from veriattn.bench.roofline import NOTHING, Floor, Rates, head_floor, layer_floor
-from veriattn.bench.runner import Models, Setup, StrategyRunner
+from veriattn.bench.runner import Models, Setup, StrategyRunner, compiled_kernels
 from veriattn.bench.shapes import shape, write_random_model
 from veriattn.bench.traffic import Part
 from veriattn.engine.strategies import Strategy
@@ -112,7 +112,7 @@ def run(
     plan.check()
     set_threads(plan.threads)
     config = plan.config()
-    with _model(plan, config, progress) as path:
+    with _model(plan, config, progress) as path, compiled_kernels() as compiled:
         progress("measuring the rates of this machine")
         rates = measure_rates(
             config, plan.device, plan.threads, plan.prover_threads, plan.setup.emulate_link, plan.rates_seconds
@@ -121,8 +121,13 @@ def run(
         models, points = Models(path), []
         for strategy in plan.strategies if plan.numerics != "float" else ():
             progress(f"{strategy}: reading the model, starting the prover")
+            gpu = plan.device != "cpu"
             setup = dataclasses.replace(
-                plan.setup, batch=max(plan.batches), prefill_chunk=plan.chunk, gpu=plan.device != "cpu"
+                plan.setup,
+                batch=max(plan.batches),
+                prefill_chunk=plan.chunk,
+                gpu=gpu,
+                kernels=compiled if gpu else None,
             )
             runner = StrategyRunner(strategy, models, setup)
             try:

@@ -9,9 +9,11 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -192,6 +194,20 @@ def memory_bytes(process: int | str, field: str) -> int | None:
     return None
 
 
+@contextmanager
+def compiled_kernels() -> Iterator[Path]:
+    """A directory where provers of any user may keep compiled kernels: the one that is set, or a temporary one.
+
+    A prover with a user of its own has no home, and each would compile all kernels anew.
+    """
+    if KERNELS_VARIABLE in os.environ:
+        yield Path(os.environ[KERNELS_VARIABLE])
+        return
+    with tempfile.TemporaryDirectory(prefix="veriattn-kernels-") as temporary:
+        Path(temporary).chmod(0o1777)
+        yield Path(temporary)
+
+
 def gpu_memory_bytes() -> int | None:
     """Memory in use on the first GPU, by whomever: torch gives none back, so what a prover holds is the most it had.
 
@@ -211,7 +227,7 @@ def gpu_memory_bytes() -> int | None:
 
 @dataclass(frozen=True)
 class Setup:
-    """What all strategies of a run share. gpu: whether the prover computes on one."""
+    """What all strategies of a run share. gpu: whether the prover computes on one. kernels: where it keeps what it compiles."""
 
     prefill_chunk: int | None = None
     batch: int = 1
@@ -222,6 +238,7 @@ class Setup:
     prover_command: tuple[str, ...] | None = None
     prover_threads: int | None = None
     gpu: bool = False
+    kernels: Path | None = None
 
 
 class Models:
@@ -297,9 +314,8 @@ class StrategyRunner:
     def _launch(self, model: VerifierModel) -> ChildProver:
         s = self._setup
         environment = {} if self._file is None else {TRACE_VARIABLE: self._file.path}
-        if s.gpu and KERNELS_VARIABLE in os.environ:
-            # A prover with a user of its own has no home, and each would compile all kernels anew.
-            environment[KERNELS_VARIABLE] = os.environ[KERNELS_VARIABLE]
+        if s.kernels is not None:
+            environment[KERNELS_VARIABLE] = str(s.kernels)
         return ChildProver(model, s.prover_command, s.prover_threads, 300.0, s.emulate_link, environment)
 
     def _observe(self, operations: Operations) -> Operations:
