@@ -101,7 +101,7 @@ class Driver:
             make_kernels(self.kernels)
 
     def _process(self, command: Sequence[str], limit_s: float) -> tuple[int | None, list[str]]:
-        """(exit status, None at the limit; its last lines)."""
+        """(exit status, None at the limit; its last lines, up to the limit)."""
         environment = dict(os.environ)
         environment["PYTHONPATH"] = os.pathsep.join([str(ROOT / "src"), *filter(None, [os.environ.get("PYTHONPATH")])])
         if self.kernels is not None:
@@ -114,9 +114,11 @@ class Driver:
         reader = threading.Thread(target=_forward, args=(process, tail), daemon=True)
         reader.start()
         status: int | None = None
+        last: list[str] | None = None
         try:
             status = process.wait(limit_s)
         except subprocess.TimeoutExpired:
+            last = list(tail)
             # As by a keyboard: temporary files go, and provers with their verifier.
             _signal(process, signal.SIGINT)
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -125,7 +127,7 @@ class Driver:
             _signal(process, signal.SIGKILL)
             process.wait()
         reader.join(_GRACE_S)
-        return status, list(tail)
+        return status, list(tail) if last is None else last
 
 
 def told(pieces: tuple[str, ...], seconds: float, crossing: int) -> str:
