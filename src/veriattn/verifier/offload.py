@@ -4,7 +4,11 @@ Both sides work at the same time: the prover on p of the non-resident keys (whic
 rest. What a p costs depends on the link, on both processors and on how much they get in each other's way; streaming nothing
 saves the exchange itself, so the cost is not even continuous there. So the controller compares what was measured, layer by
 layer: p is a rung of a ladder; a few rungs are tried first, then those next to the best one, and from then on others rarely,
-the more rarely the worse they were. When the cost of the best rung changes for several measurements in a row, it starts over.
+the more rarely the worse they were. When the cost of the best rung changes for several measurements in a row, all are tried
+again.
+
+Machines are shared: some measurements are much too long, none too short, and for moments all are. So a trial takes two
+measurements, of which the lesser counts, and is compared with the best rung's own measurements just before it.
 
 What a prover gains by being slow on purpose is another p in [0, 1], and time lost: no check depends on p.
 """
@@ -23,14 +27,14 @@ RUNGS = 16
 COARSE = (8, 0, 4, 12, 16)
 #: Distances from the best rung, and from the best but 0, that are tried after that: the best p may lie between coarse ones.
 NEAR = (2, -2, 1, -1)
-#: Weight of the newest measurement in the average cost of the best rung.
-BLEND = 0.4
+#: Measurements of a trial, and of the best rung beside it.
+TRIAL = 2
 #: Another rung must be cheaper than the best one by this much to replace it: differences below are noise.
 GAIN = 0.03
 #: Measurements between two trials of rungs that are known, at least and at most; between them 1 in PATIENCE of the extra cost.
-REST, LONGEST_REST, PATIENCE = 12, 1024, 300
-#: A cost this far from its average, this often in a row, means that the averages are worth nothing.
-CHANGE, CHANGES = 0.4, 4
+REST, LONGEST_REST, PATIENCE = 12, 1024, 450
+#: Weight of the newest measurement in the average that tells a change: a cost this far from it, this often in a row.
+BLEND, CHANGE, CHANGES = 0.4, 0.4, 40
 
 
 @dataclass(frozen=True)
@@ -45,16 +49,20 @@ class Measurement:
 class Controller:
     """State of the controller; `update` returns the next one.
 
-    rung: in use. best: cheapest known. costs: average seconds per key of each rung, None until measured. tried: number of
-    the measurement that saw a rung last. surprises: how many in a row were far from the average.
+    rung: in use. best: cheapest known. ratios: cost of each rung over that of the best, None until tried. recent: last
+    seconds per key of the best rung; trial: of the rung that is being tried. tried: number of the measurement that saw a rung
+    last. usual: average of the best rung, without what is far from it. surprises: how many in a row were.
     """
 
     rung: int = COARSE[0]
     best: int = COARSE[0]
-    costs: tuple[float | None, ...] = (None,) * (RUNGS + 1)
+    ratios: tuple[float | None, ...] = (None,) * (RUNGS + 1)
+    recent: tuple[float, ...] = ()
+    trial: tuple[float, ...] = ()
     tried: tuple[int, ...] = (0,) * (RUNGS + 1)
     count: int = 0
     last_trial: int = 0
+    usual: float | None = None
     surprises: int = 0
 
     @classmethod
@@ -77,54 +85,55 @@ class Controller:
         """Take in what the rung in use cost. A measurement without keys or time, or without sense, changes nothing."""
         if m.keys <= 0 or not 0.0 < m.seconds < math.inf:
             return self
-        return self._measured(m.seconds / m.keys)._decided()
+        cost, now = m.seconds / m.keys, replace(self, count=self.count + 1)
+        return now._of_best(cost) if self.rung == self.best else now._of_trial(cost)
 
-    def _measured(self, cost: float) -> Controller:
-        known = self.costs[self.rung]
-        surprises = self.surprises
-        if known is not None and self.rung == self.best:
-            far = cost > known * (1 + CHANGE) or cost * (1 + CHANGE) < known
-            surprises = surprises + 1 if far else 0
-        if surprises >= CHANGES:
-            fresh = Controller(self.rung, self.rung, count=self.count, last_trial=self.count)
-            return fresh._measured(cost)
-        # A trial is compared as it is: what its rung cost long ago may have been on another link.
-        blend = BLEND if known is not None and self.rung == self.best else 1.0
-        average = cost if known is None else (1.0 - blend) * known + blend * cost
-        count = self.count + 1
-        return replace(
+    def _of_best(self, cost: float) -> Controller:
+        usual = cost if self.usual is None else self.usual
+        far = cost > usual * (1 + CHANGE) or cost * (1 + CHANGE) < usual
+        surprises = self.surprises + 1 if far else 0
+        if surprises == CHANGES:
+            return replace(Controller(self.best, self.best, count=self.count, last_trial=self.count), recent=(cost,))
+        now = replace(
             self,
-            costs=_with(self.costs, self.rung, average),
-            tried=_with(self.tried, self.rung, count),
-            count=count,
+            recent=(*self.recent, cost)[-TRIAL:],
+            usual=usual if far else (1.0 - BLEND) * usual + BLEND * cost,
             surprises=surprises,
         )
+        return now if len(now.recent) < TRIAL else now._next()
 
-    def _decided(self) -> Controller:
-        best = self.best
-        for rung, cost in enumerate(self.costs):
-            current = self.costs[best]
-            # Within the margin the one in place stays; but of others, the cheapest replaces it.
-            if cost is not None and (current is None or cost < current * (1 - GAIN if best == self.best else 1)):
-                best = rung
+    def _of_trial(self, cost: float) -> Controller:
+        trial = (*self.trial, cost)
+        if len(trial) < TRIAL:
+            return replace(self, trial=trial)
+        ratio = min(trial) / min(self.recent)
+        tried = _with(self.tried, self.rung, self.count)
+        if ratio >= 1 - GAIN:
+            # Back to the best one, at least for a moment: what the next trial is compared with must be as new.
+            return replace(self, rung=self.best, trial=(), ratios=_with(self.ratios, self.rung, ratio), tried=tried)
+        ratios = _with(tuple(None if r is None else r / ratio for r in self.ratios), self.best, 1 / ratio)
+        now = replace(self, best=self.rung, ratios=ratios, recent=trial, trial=(), tried=_with(tried, self.best, self.count))
+        return replace(now, usual=None, surprises=0)
+
+    def _next(self) -> Controller:
+        """What to try, or the best rung."""
         # Nothing streamed may be cheaper than every coarse rung, and still not than the best of those between them.
-        streaming = min(range(1, RUNGS + 1), key=lambda r: math.inf if (cost := self.costs[r]) is None else cost)
-        near = [r for at in dict.fromkeys((best, streaming)) for n in NEAR if 0 <= (r := at + n) <= RUNGS]
-        for rung in (*COARSE, *near):
-            if self.costs[rung] is None:
-                return replace(self, best=best, rung=rung, last_trial=self.count)
-        due = [r for r in (*near, *COARSE) if r != best and self.count - self.tried[r] >= self._rest(r, best)]
+        known = [math.inf if r is None else r for r in _with(self.ratios, self.best, 1.0)]
+        streaming = min(range(1, RUNGS + 1), key=known.__getitem__)
+        near = [r for at in dict.fromkeys((self.best, streaming)) for n in NEAR if 0 <= (r := at + n) <= RUNGS]
+        others = [r for r in dict.fromkeys((*COARSE, *near)) if r != self.best]
+        for rung in others:
+            if self.ratios[rung] is None:
+                return replace(self, rung=rung, last_trial=self.count)
+        due = [r for r in others if self.count - self.tried[r] >= self._rest(r)]
         if due and self.count - self.last_trial >= REST:
-            rung = min(due, key=lambda r: self.tried[r])
-            return replace(self, best=best, rung=rung, last_trial=self.count)
-        return replace(self, best=best, rung=best)
+            return replace(self, rung=min(due, key=lambda r: self.tried[r]), last_trial=self.count)
+        return self
 
-    def _rest(self, rung: int, best: int) -> float:
+    def _rest(self, rung: int) -> float:
         """Measurements until a known rung is worth another try: what a try costs is spread over them."""
-        cost, least = self.costs[rung], self.costs[best]
-        if cost is None or least is None:
-            return 0
-        return min(max(REST, PATIENCE * (cost / least - 1)), LONGEST_REST)
+        ratio = self.ratios[rung]
+        return 0.0 if ratio is None else min(max(REST, PATIENCE * (ratio - 1)), LONGEST_REST)
 
 
 def _with(values: tuple[_T, ...], index: int, value: _T) -> tuple[_T, ...]:

@@ -11,7 +11,7 @@ import threading
 import time
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Protocol, Self
 
@@ -68,12 +68,16 @@ class _Pipe:
 
     def arrival(self, num_bytes: int, sent_at: float) -> float:
         """When bytes that were handed to the link at `sent_at` have all arrived."""
-        self._free_at = max(self._free_at, sent_at) + num_bytes / self._rate
+        self._free_at = max(self._free_at, sent_at) + self.seconds(num_bytes)
         return self._free_at + self._delay_s
+
+    def seconds(self, num_bytes: int) -> float:
+        """What bytes take, without the delay."""
+        return num_bytes / self._rate
 
     def crossed(self, num_bytes: int) -> tuple[float, float]:
         """When the bytes of the last `arrival` were in the pipe, for traces."""
-        return self._free_at - num_bytes / self._rate, self._free_at
+        return self._free_at - self.seconds(num_bytes), self._free_at
 
 
 def _sleep_until(when: float) -> None:
@@ -119,7 +123,7 @@ class EmulatedTransport:
 
     # -- sending -----------------------------------------------------------------------------------------------
 
-    def write_message(self, parts: Sequence[memoryview], deadline: float | None) -> None:
+    def write_message(self, parts: Iterable[memoryview], deadline: float | None) -> None:
         """Queue a copy of the message; blocks only while 64 MiB are under way."""
         message = memoryview(b"".join(parts))
         with self._changed:
@@ -142,10 +146,8 @@ class EmulatedTransport:
                         return
                     self._changed.wait()
                 due, message = self._queue[0]
-            if not self._closing:
-                _sleep_until(due)
             try:
-                self._inner.write_message([message], None)  # ends with the peer or with abort()
+                self._inner.write_message(self._crossing(message, due), None)  # ends with the peer or with abort()
             except VeriattnError as error:
                 with self._changed:
                     self._fault = error
@@ -155,6 +157,17 @@ class EmulatedTransport:
                 self._queue.popleft()
                 self._queued_bytes -= len(message)
                 self._changed.notify_all()
+
+    def _crossing(self, message: memoryview, due: float) -> Iterator[memoryview]:
+        """A message piece by piece, each when it has crossed: what comes after the last one is one piece's copy, as with DMA,
+        and not the whole message's."""
+        left = len(message)
+        for first in range(0, len(message), _PIECE_BYTES):
+            piece = message[first : first + _PIECE_BYTES]
+            left -= len(piece)
+            if not self._closing:
+                _sleep_until(due - self._out.seconds(left))
+            yield piece
 
     # -- receiving ---------------------------------------------------------------------------------------------
 

@@ -16,7 +16,7 @@ import platform
 import struct
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -223,7 +223,7 @@ class RingProducer(_RingEnd):
         self._limit = tail * self._slot + self._size
         return True
 
-    def write_message(self, parts: Sequence[memoryview], deadline: float | None) -> None:
+    def write_message(self, parts: Iterable[memoryview], deadline: float | None) -> None:
         """Write one message from a slot boundary on; slots are published while it is written."""
         slot, size, data = self._slot, self._size, self._data
         published = self._pos // slot

@@ -5,7 +5,7 @@ from __future__ import annotations
 import select
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 from veriattn.errors import UsageError
 from veriattn.wire.transport import Role, poll_ms
@@ -40,7 +40,7 @@ class StreamTransport:
         """Whether bytes have come, or the other side's end."""
         return self._stop > self._start or bool(self._reader.poll(0))
 
-    def write_message(self, parts: Sequence[memoryview], deadline: float | None) -> None:
+    def write_message(self, parts: Iterable[memoryview], deadline: float | None) -> None:
         """Write the parts back to back."""
         pending = list(parts)
         while pending:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import select
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable
 from enum import Enum
 from typing import Protocol
 
@@ -49,7 +49,7 @@ class Transport(Protocol):
     @property
     def write_wait_s(self) -> float: ...
 
-    def write_message(self, parts: Sequence[memoryview], deadline: float | None) -> None:
+    def write_message(self, parts: Iterable[memoryview], deadline: float | None) -> None:
         """Write one whole message; `parts` are non-empty and contiguous bytes."""
 
     def read_into(self, out: memoryview, deadline: float | None) -> None:
