@@ -81,7 +81,7 @@ def test_bytes_are_those_on_paper(strategy: Strategy, limit: int | None, ratio: 
 def test_where_kernels_are_compiled_the_warm_up_is_what_is_timed(
     models: Models, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    for gpu, steps in ((False, [64, 96, 54, 96, 54]), (True, [96, 54, 96, 54, 96, 54])):
+    for gpu, steps in ((False, [96, 96, 54, 96, 54]), (True, [96, 54, 96, 54, 96, 54])):
         runner = StrategyRunner(
             "run-ahead", models, Setup(prefill_chunk=96, prover_threads=1, gpu=gpu, kernels=tmp_path if gpu else None)
         )
@@ -94,7 +94,7 @@ def test_where_kernels_are_compiled_the_warm_up_is_what_is_timed(
         )
         try:
             measure.prefill(runner, 150, 1, 96, TINY.vocab_size, 1)
-            assert seen == steps, "a prompt to warm up, one that counts, one with the trace"
+            assert seen == steps, "a step or a prompt to warm up, one that counts, one with the trace"
             decoding = measure.Decoding(runner, 1, TINY.vocab_size)
             measure.decode(decoding, 20, 2)
             # Before those that count, one step or four; then two with the trace, three with attention apart.

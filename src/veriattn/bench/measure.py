@@ -114,7 +114,7 @@ def prompt_steps(length: int, batch: int, chunk: int, vocab_size: int) -> list[B
 def prefill(runner: Runner, length: int, batch: int, chunk: int, vocab_size: int, repetitions: int) -> Sample:
     """Prompts until all of them have their first token's logits; one repetition more, with the trace on, gives the shares.
 
-    To warm up, a few tokens; where kernels are compiled for the shapes they meet, the prompts themselves.
+    To warm up, one step (its memory is new, and comes slowly); where kernels are compiled for the shapes they meet, all steps.
     """
     steps = prompt_steps(length, batch, chunk, vocab_size)
     # As the engine does it: the next step is certain where this one ends in no sample.
@@ -131,7 +131,7 @@ def prefill(runner: Runner, length: int, batch: int, chunk: int, vocab_size: int
         once()
         free()
     else:
-        runner.step(Batch((BatchEntry(0, 0, token_ids(min(64, length), vocab_size)),)))
+        runner.step(Batch((BatchEntry(0, 0, token_ids(min(chunk, length), vocab_size)),)))
         runner.free(0)
     times, readings = [], []
     for _ in range(repetitions):
