@@ -186,7 +186,7 @@ class CudaBackend:
         slot = self._outbox.take(layout.size)
         place(slot, part).copy_(values)
         slot.raw[:4].view(torch.int32).copy_(self._stepper.flag)
-        self._outbox.submit(slot, layout.size, [named(part, name)], sink)
+        self._outbox.submit(slot, layout.size, [named(part, name)], sink, name)
         self._outbox.flush()
 
     # -- single operations -----------------------------------------------------------------------------------------

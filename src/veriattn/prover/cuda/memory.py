@@ -109,26 +109,35 @@ class Part:
 
 
 class CopyEngine:
-    """Copies from the device to the host, beside the kernels: on a stream of their own, or at once where there is none."""
+    """Copies from the device to the host, beside the kernels: on streams of their own, or at once where there is none.
+
+    Copies of a queue wait for each other's marks. What is asked for as soon as a slot is filled has a queue of its own: pieces
+    that are asked for later, when newer slots are marked already, would otherwise wait for the kernels of those.
+    """
 
     def __init__(self, device: torch.device) -> None:
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._device = device
+        self._streams = [torch.cuda.Stream(device) for _ in range(2)] if device.type == "cuda" else []
 
     def mark(self) -> torch.cuda.Event | None:
         """A point in the queue of kernels: after those that are queued by now."""
-        if self._stream is None:
+        if not self._streams:
             return None
         event = torch.cuda.Event()
         event.record()
         return event
 
-    def copy(self, to: torch.Tensor, source: torch.Tensor, after: torch.cuda.Event | None) -> Callable[[], None]:
-        """Queue a copy of bytes behind the mark; what it returns waits until they are there."""
-        if self._stream is None or after is None:
+    def copy(
+        self, to: torch.Tensor, source: torch.Tensor, after: torch.cuda.Event | None, *, piece: bool = False
+    ) -> Callable[[], None]:
+        """Queue a copy of bytes behind the mark, with the pieces or with what is copied at once; what it returns waits until
+        they are there."""
+        if not self._streams or after is None:
             to.copy_(source)
             return _done
-        with torch.cuda.stream(self._stream):
-            self._stream.wait_event(after)
+        stream = self._streams[piece]
+        with torch.cuda.stream(stream):
+            stream.wait_event(after)
             to.copy_(source, non_blocking=True)
             event = torch.cuda.Event()
             event.record()
@@ -137,13 +146,13 @@ class CopyEngine:
 
     def settle(self) -> None:
         """Wait until nothing is under way any more."""
-        if self._stream is not None:
+        if self._streams:
             torch.cuda.synchronize()
 
     def pin(self, memory: memoryview) -> bool:
         """Lock shared memory for the device's copy engine, for the life of this process; False where that is refused (inside
         a TDX guest, or by a limit on locked memory)."""
-        if self._stream is None:
+        if not self._streams:
             return True
         cudart = torch.cuda.cudart()
         address = np.frombuffer(memory, np.uint8).ctypes.data
@@ -151,7 +160,7 @@ class CopyEngine:
             return True
         # A refused call leaves its error for the next launch to report: take it here.
         with contextlib.suppress(RuntimeError):
-            torch.zeros(1, device=self._stream.device)
+            torch.zeros(1, device=self._device)
         return False
 
 
@@ -293,7 +302,7 @@ class Outbox:
         """`backend.StartPiece` for the claims of a slot."""
         first = sending.parts[claim].at + at
         source = sending.slot.raw[first : first + len(to)]
-        return self._engine.copy(torch.frombuffer(to, dtype=torch.uint8), source, sending.filled)
+        return self._engine.copy(torch.frombuffer(to, dtype=torch.uint8), source, sending.filled, piece=True)
 
     def wipe(self) -> None:
         """Zero both sides of every slot. Raises: InternalError while some are in use."""
