@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -17,9 +17,9 @@ from veriattn.spec.reference import F32
 from veriattn.verifier.launch import ChildProver
 from veriattn.verifier.model import VerifierModel
 from veriattn.verifier.session import Flow, Session
-from veriattn.verifier.steps import AHEAD_BYTES
+from veriattn.verifier.steps import AHEAD_BYTES, Steps
 from veriattn.wire.channel import Channel
-from veriattn.wire.messages import HEADER_BYTES, AttentionCheck, step_bytes
+from veriattn.wire.messages import HEADER_BYTES, AttentionCheck, Kind, Mode, step_bytes
 
 SCRIPT = ((50, 9, 4), 13, 3)  # lengths, chunk, decode steps
 ALL_FLOWS = (*FLOWS, Flow.UNVERIFIED)
@@ -184,6 +184,32 @@ def test_not_told_of_what_might_not_fit_the_link(model: VerifierModel) -> None:
         fits, large = (Batch((BatchEntry(0, 4, (5,) * n, "none"),)) for n in (count, count + 1))
         assert session._steps.may_precede(session._steps.begin(one(0, 0, 4, "none"), {}), fits)
         assert not session._steps.may_precede(session._steps.begin(one(1, 0, 4, "none"), {}), large)
+
+
+class Sent:
+    """A channel that notes the sizes of what is sent."""
+
+    def __init__(self) -> None:
+        self.sizes: list[int] = []
+
+    def send(self, kind: Kind, payload: bytes) -> None:
+        assert kind is Kind.STEP
+        self.sizes.append(len(payload))
+
+
+@pytest.mark.parametrize("more", [0, 1])
+def test_the_second_part_of_a_cut_batch_is_told_in_its_turn_where_it_might_not_fit(more: int) -> None:
+    """Its prover may be busy with the first part's claims, which nobody takes while the second STEP is being sent."""
+    count = (AHEAD_BYTES - step_bytes(1, 0)) // 4 + more
+    channel, limits = Sent(), {7: 10}
+    told = Steps(cast(Channel, channel), Mode.CLAIMS, AttentionCheck.REPLAY)
+    begun = told.begin(Batch((BatchEntry(7, 0, (5,) * (10 + count)),)), limits)
+    both = [step_bytes(1, 10), step_bytes(1, count)]
+    assert channel.sizes == (both[:1] if more else both)
+    told.reach(begun, 0, limits)
+    assert channel.sizes == (both[:1] if more else both)
+    told.reach(begun, 1, limits)
+    assert channel.sizes == both and begun.told == 2
 
 
 def test_not_told_of_what_memory_has_no_room_for(model: VerifierModel) -> None:

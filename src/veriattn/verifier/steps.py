@@ -13,8 +13,8 @@ from veriattn.wire.messages import AttentionCheck, Kind, LogitRows, Mode, Step, 
 
 _LOGIT_ROWS = {"none": LogitRows.NONE, "last": LogitRows.LAST, "all": LogitRows.ALL}
 
-#: A STEP of up to so many bytes may lie on the link while the prover is busy sending: the smallest ring has room for it, and
-#: so have the buffers of a socket. A larger one might leave both sides waiting for the other to take something.
+#: A STEP of up to so many bytes may lie on the link while the prover is busy sending: a ring of the usual size has
+#: room for many, the buffers of a socket for one. A larger one might leave both sides waiting for the other to take something.
 AHEAD_BYTES = 1 << 15
 
 
@@ -29,6 +29,11 @@ def cut_at_limits(batch: Batch, limits: Mapping[int, int]) -> list[Batch]:
         else:
             first.append(e)
     return [Batch(tuple(part)) for part in (first, second) if part]
+
+
+def _fits(batch: Batch) -> bool:
+    """Whether its STEP may lie on the link."""
+    return step_bytes(len(batch.entries), batch.num_tokens) <= AHEAD_BYTES
 
 
 class Choosable(Protocol):
@@ -101,15 +106,18 @@ class Steps:
         """
         if self._mode is Mode.OPERATIONS:
             return
-        while begun.told < len(begun.parts) and not any(p.shared for p in begun.parts[index : begun.told]):
+        while begun.told < len(begun.parts):
             part = begun.parts[begun.told]
+            early = begun.told > index
+            if early and (any(p.shared for p in begun.parts[index : begun.told]) or not _fits(part.batch)):
+                return
             self._send(part.batch, part.check, limits)
             begun.told += 1
 
     def may_precede(self, begun: Begun, following: Batch) -> bool:
         """Whether the prover may be told of another batch while it is at `begun`."""
-        fits = step_bytes(len(following.entries), following.num_tokens) <= AHEAD_BYTES
-        return self._mode is not Mode.OPERATIONS and fits and not any(p.shared for p in begun.parts)
+        shared = any(p.shared for p in begun.parts)
+        return self._mode is not Mode.OPERATIONS and _fits(following) and not shared
 
     def _send(self, batch: Batch, check: AttentionCheck, limits: Mapping[int, int]) -> None:
         step = Step(
