@@ -140,6 +140,9 @@ def test_a_shared_machine_costs_little(cost: Cost, noise: Callable[[random.Rando
 
 
 @EXACT
+@example([(10, s) for s in (5e-324, 1.0, 1.0, 1.0, 1.0)])  # no time at all, on the best rung and in a trial
+@example([(10, s) for s in (1.0, 1.0, 5e-324, 1.0, 1.0)])
+@example([(1, s) for s in (1e308, 1e308, 5e-324, 5e-324, 1e308, 1e308, 1e308, 1e308)])
 @given(st.lists(st.tuples(st.integers(-5, 10**9), st.floats(allow_nan=True, allow_infinity=True)), max_size=80))
 def test_no_measurement_leads_out_of_range(measured: list[tuple[int, float]]) -> None:
     """Whoever delays answers, in whatever pattern, gets another ratio in [0, 1] and nothing else."""

@@ -35,6 +35,8 @@ GAIN = 0.03
 REST, LONGEST_REST, PATIENCE = 12, 1024, 450
 #: Weight of the newest measurement in the average that tells a change: a cost this far from it, this often in a row.
 BLEND, CHANGE, CHANGES = 0.4, 0.4, 40
+#: Seconds per key below which no clock tells anything: costs are divided by.
+LEAST = 1e-15
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ class Controller:
         """Take in what the rung in use cost. A measurement without keys or time, or without sense, changes nothing."""
         if m.keys <= 0 or not 0.0 < m.seconds < math.inf:
             return self
-        cost, now = m.seconds / m.keys, replace(self, count=self.count + 1)
+        cost, now = max(m.seconds / m.keys, LEAST), replace(self, count=self.count + 1)
         return now._of_best(cost) if self.rung == self.best else now._of_trial(cost)
 
     def _of_best(self, cost: float) -> Controller:
@@ -112,7 +114,9 @@ class Controller:
             # Back to the best one, at least for a moment: what the next trial is compared with must be as new.
             return replace(self, rung=self.best, trial=(), ratios=_with(self.ratios, self.rung, ratio), tried=tried)
         ratios = _with(tuple(None if r is None else r / ratio for r in self.ratios), self.best, 1 / ratio)
-        now = replace(self, best=self.rung, ratios=ratios, recent=trial, trial=(), tried=_with(tried, self.best, self.count))
+        now = replace(
+            self, best=self.rung, ratios=ratios, recent=trial, trial=(), tried=_with(tried, self.best, self.count)
+        )
         return replace(now, usual=None, surprises=0)
 
     def _next(self) -> Controller:
