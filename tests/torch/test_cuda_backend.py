@@ -16,7 +16,7 @@ pytest.importorskip("triton")
 
 from tests.conftest import TINY  # noqa: E402
 from tests.gpu import backends  # noqa: E402
-from tests.gpu.sessions import CASES, check_flows  # noqa: E402
+from tests.gpu.sessions import CASES, check_flows, check_prompt  # noqa: E402
 from tests.helpers import tiny_config, tiny_tensors  # noqa: E402
 
 from veriattn.errors import InternalError, NumericsError  # noqa: E402
@@ -250,3 +250,9 @@ def test_sessions(make_model: Maker, case: int, staged_bytes: int | None) -> Non
         command += (str(staged_bytes),)
     check_flows(make_model(), command, CASES[case : case + 1], look=lambda session: seen.append(session.ready.device))
     assert seen == ["cuda (interpreted)"]
+
+
+def test_a_prompt_whose_chunks_are_known_ahead(make_model: Maker) -> None:
+    """Through a real link: the next STEP lies there while claims of the last one are still on their way to the ring."""
+    command = (sys.executable, str(Path(__file__).with_name("interpreted_prover.py")), "0")
+    check_prompt(make_model(num_layers=4), command, 32, 9)
