@@ -109,6 +109,11 @@ def interrupted(rng: random.Random) -> Callable[[], float]:
     return lambda: 1.0 + abs(rng.gauss(0, 0.08)) + (rng.expovariate(1 / 0.8) if rng.random() < 0.15 else 0.0)
 
 
+def scattered(rng: random.Random) -> Callable[[], float]:
+    """Every measurement is off by a sixth, either way."""
+    return lambda: math.exp(rng.gauss(0, 0.15))
+
+
 def crowded(rng: random.Random) -> Callable[[], float]:
     """Now and then everything is slow for a while."""
     state = [0, 1.0]
@@ -122,7 +127,7 @@ def crowded(rng: random.Random) -> Callable[[], float]:
     return factor
 
 
-@pytest.mark.parametrize("noise", [interrupted, crowded], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("noise", [interrupted, scattered, crowded], ids=lambda f: f.__name__)
 @pytest.mark.parametrize(
     "cost",
     [lambda p: 1.0 if p == 0 else 1.35 + 0.6 * p, lambda p: 1.0 + 0.5 * abs(p - 0.4), lambda p: 2.0 - p],
@@ -136,7 +141,7 @@ def test_a_shared_machine_costs_little(cost: Cost, noise: Callable[[random.Rando
         for _ in range(1000):
             total += cost(controller.ratio)
             controller = controller.update(Measurement(KEYS, KEYS * cost(controller.ratio) * factor() * 1e-6))
-    assert total / 40_000 <= 1.1 * best_of(cost)
+    assert total / 40_000 <= 1.07 * best_of(cost)
 
 
 @EXACT

@@ -7,8 +7,9 @@ layer: p is a rung of a ladder; a few rungs are tried first, then those next to 
 the more rarely the worse they were. When the cost of the best rung changes for several measurements in a row, all are tried
 again.
 
-Machines are shared: some measurements are much too long, none too short, and for moments all are. So a trial takes two
-measurements, of which the lesser counts, and is compared with the best rung's own measurements just before it.
+Machines are shared: measurements scatter, some are much too long, and for moments all are. So a trial takes two measurements,
+of which the lesser counts beside the best rung's last two; a rung that then seems cheaper is measured on, until the medians
+of eight say so as well.
 
 What a prover gains by being slow on purpose is another p in [0, 1], and time lost: no check depends on p.
 """
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from statistics import median
 from typing import TypeVar
 
 _T = TypeVar("_T")
@@ -27,8 +29,8 @@ RUNGS = 16
 COARSE = (8, 0, 4, 12, 16)
 #: Distances from the best rung, and from the best but 0, that are tried after that: the best p may lie between coarse ones.
 NEAR = (2, -2, 1, -1)
-#: Measurements of a trial, and of the best rung beside it.
-TRIAL = 2
+#: Measurements of a trial, and of one whose rung seems cheaper than the best one.
+TRIAL, CONFIRMED = 2, 8
 #: Another rung must be cheaper than the best one by this much to replace it: differences below are noise.
 GAIN = 0.03
 #: Measurements between two trials of rungs that are known, at least and at most; between them 1 in PATIENCE of the extra cost.
@@ -98,7 +100,7 @@ class Controller:
             return replace(Controller(self.best, self.best, count=self.count, last_trial=self.count), recent=(cost,))
         now = replace(
             self,
-            recent=(*self.recent, cost)[-TRIAL:],
+            recent=(*self.recent, cost)[-CONFIRMED:],
             usual=usual if far else (1.0 - BLEND) * usual + BLEND * cost,
             surprises=surprises,
         )
@@ -108,7 +110,11 @@ class Controller:
         trial = (*self.trial, cost)
         if len(trial) < TRIAL:
             return replace(self, trial=trial)
-        ratio = min(trial) / min(self.recent)
+        ratio = min(trial) / min(self.recent[-TRIAL:])
+        if len(trial) > TRIAL or ratio < 1 - GAIN:
+            if len(trial) < CONFIRMED:
+                return replace(self, trial=trial)
+            ratio = median(trial) / median(self.recent)
         tried = _with(self.tried, self.rung, self.count)
         if ratio >= 1 - GAIN:
             # Back to the best one, at least for a moment: what the next trial is compared with must be as new.
