@@ -155,6 +155,7 @@ def test_no_measurement_leads_out_of_range(measured: list[tuple[int, float]]) ->
     for keys, seconds in measured:
         controller = controller.update(Measurement(keys, seconds))
         assert 0 <= controller.ratio <= 1 and 0 <= controller.best_ratio <= 1
+        assert all(r is None or math.isfinite(r) for r in controller.ratios)
 
 
 def test_a_prover_that_is_slow_on_purpose_is_given_nothing() -> None:

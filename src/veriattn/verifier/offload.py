@@ -37,8 +37,8 @@ GAIN = 0.03
 REST, LONGEST_REST, PATIENCE = 12, 1024, 450
 #: Weight of the newest measurement in the average that tells a change: a cost this far from it, this often in a row.
 BLEND, CHANGE, CHANGES = 0.4, 0.4, 40
-#: Seconds per key below which no clock tells anything: costs are divided by.
-LEAST = 1e-15
+#: Seconds per key beyond which no clock tells anything: costs are divided, and by each other.
+LEAST, MOST = 1e-15, 1e15
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class Controller:
         """Take in what the rung in use cost. A measurement without keys or time, or without sense, changes nothing."""
         if m.keys <= 0 or not 0.0 < m.seconds < math.inf:
             return self
-        cost, now = max(m.seconds / m.keys, LEAST), replace(self, count=self.count + 1)
+        cost, now = min(max(m.seconds / m.keys, LEAST), MOST), replace(self, count=self.count + 1)
         return now._of_best(cost) if self.rung == self.best else now._of_trial(cost)
 
     def _of_best(self, cost: float) -> Controller:
