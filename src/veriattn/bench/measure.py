@@ -199,6 +199,8 @@ def decode(decoding: Decoding, length: int, steps: int, *, adapting: bool = Fals
     then `steps` that count."""
     runner = decoding.runner
     decoding.fill(length)
+    if adapting and isinstance(runner, StrategyRunner):
+        runner.restart_controller()  # no sequence grows by thousands of keys from one token to the next
     for _ in range(ADAPTING_STEPS if adapting else COMPILING_STEPS if _compiles(runner) else 1):
         decoding.step()
     before = runner.counters()

@@ -419,6 +419,11 @@ class StrategyRunner:
         prover: list[Span] = [s for s in self._file.spans() if s.stop >= since]
         return summary(self._trace.spans + prover)
 
+    def restart_controller(self) -> None:
+        """Forget what was learnt about offload ratios, where there are any."""
+        if self.session is not None and self.session.split is not None:
+            self.session.split.restart_controller()
+
     def peaks(self) -> tuple[int, int | None]:
         """See `Runner.peaks`."""
         pid = None if self.session is None else self.session.prover.pid
