@@ -135,8 +135,8 @@ def serve(
         while True:
             if not channel.pending:
                 backend.finish()
-                if trace is not None:
-                    trace.flush()
+            if trace is not None:
+                trace.flush()
             kind, payload = channel.recv_any(limits, operation_bytes=operation_bytes)
             if kind is Kind.SHUTDOWN:
                 return
