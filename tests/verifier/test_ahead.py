@@ -129,6 +129,36 @@ def test_a_lie_ahead_is_caught_in_its_turn(model: VerifierModel) -> None:
         assert session.closed and session.length(0) == 10
 
 
+def test_claims_of_the_step_ahead_do_not_pass_for_those_at_hand(model: VerifierModel) -> None:
+    """Both chunks have the same sizes, so that nothing but the values can tell; an honest twin of the same prover passes."""
+    chunks = one(0, 0, 8, "none"), one(0, 8, 8, "none")
+
+    def first_error(swapped: bool) -> FreivaldsMismatch | None:
+        held: list[tuple[str, np.ndarray[Any, Any]]] = []
+        per_step = 5 * model.tensors.config.num_layers
+
+        class Sink(ChannelSink):
+            def claim(self, name: str, values: np.ndarray[Any, Any]) -> None:
+                held.append((name, values.copy()))
+                if len(held) == 2 * per_step:
+                    halves = held[:per_step], held[per_step:]
+                    for claim in halves[1] + halves[0] if swapped else halves[0] + halves[1]:
+                        super().claim(*claim)
+
+        with open_session(model, Flow.RUN_AHEAD, Sink) as session:
+            try:
+                session.run(*chunks)
+                session.run(chunks[1])
+            except FreivaldsMismatch as error:
+                assert session.length(0) == 0
+                return error
+            return None
+
+    assert first_error(swapped=False) is None
+    error = first_error(swapped=True)
+    assert error is not None and error.operation == "layers.0.qkv"
+
+
 def test_another_batch_than_announced_ends_the_session(model: VerifierModel) -> None:
     with open_session(model, Flow.RUN_AHEAD) as session:
         session.run(one(0, 0, 10, "none"), one(0, 10, 5))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import json
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -177,24 +178,24 @@ class StopMatcher:
         return any(s.startswith(tail) for s in self._stops)
 
 
-class _Rule:
+class _Rule(ABC):
     """How a tokenizer's decoder turns tokens into text."""
 
-    def pieces(self) -> _Pieces:
-        raise NotImplementedError
+    @abstractmethod
+    def pieces(self) -> _Pieces: ...
 
-    def token_bytes(self, token: str) -> bytes:
-        raise NotImplementedError
+    @abstractmethod
+    def token_bytes(self, token: str) -> bytes: ...
 
 
-class _Pieces:
+class _Pieces(ABC):
     """One stream's state; `push` and `finish` as in `IncrementalDecoder`."""
 
-    def push(self, token: str) -> str:
-        raise NotImplementedError
+    @abstractmethod
+    def push(self, token: str) -> str: ...
 
-    def finish(self) -> str:
-        raise NotImplementedError
+    @abstractmethod
+    def finish(self) -> str: ...
 
 
 class _ByteLevelRule(_Rule):

@@ -12,7 +12,7 @@ import numpy as np
 
 from veriattn.errors import InternalError, ModelError, ProverUnavailable, VeriattnError
 from veriattn.native.kernels import wipe_free_memory
-from veriattn.prover.backend import Backend, ClaimSink, StartPiece
+from veriattn.prover.backend import Backend, ClaimSink, GroupSink, StartPiece
 from veriattn.prover.cpu import CpuBackend
 from veriattn.prover.finder import ModelFinder
 from veriattn.prover.split import SplitProver, SplitStep
@@ -58,7 +58,7 @@ class ChannelSink:
         self._channel.send(Kind.CLAIM, values)
 
 
-class LayerSink(ChannelSink):
+class LayerSink(ChannelSink, GroupSink):
     """Claims as messages, those of a whole layer together where they are known together (`GroupSink`)."""
 
     @property

@@ -15,6 +15,7 @@ import os
 import platform
 import struct
 import time
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -152,7 +153,7 @@ class _Words:
         self._page.release()
 
 
-class _RingEnd:
+class _RingEnd(ABC):
     """What producer and consumer share: place in the segment, waiting, wake-ups."""
 
     def __init__(
@@ -168,8 +169,9 @@ class _RingEnd:
         self.waited_s = 0.0
         self._limit = 0  # bytes that may be read (or written) up to, from the last checked counter of the other side
 
+    @abstractmethod
     def _refresh(self) -> bool:
-        raise NotImplementedError
+        """Look at the other side's counter; whether there is room, or data."""
 
     def _wait(self, flag: int, what: str, deadline: float | None) -> None:
         """Return once `_refresh` found room or data. Spins, then sleeps on the control socket."""
